@@ -1,0 +1,1 @@
+//! io_uring and O_DIRECT: the disks under a replicator.

@@ -1,0 +1,1 @@
+//! QUIC between replicators: identity, paths, frames.

@@ -1,0 +1,1 @@
+//! The replicator process: shards, control API, metrics.

@@ -1,0 +1,1 @@
+//! Every byte layout of Holdfast: frames between nodes, metadata on disk.
