@@ -1,0 +1,118 @@
+//! A snapshot of what a copy knows, for people and for metrics.
+
+use crate::api::Role;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::{CopyState, Generation, Mode, OnPeerLoss};
+
+/// All a copy can say of its service at one moment.
+#[derive(Clone, Debug)]
+pub struct ServiceStatus {
+    pub name: String,
+    pub service: Uuid,
+    pub slot: Slot,
+    pub role: Role,
+    pub epoch: Epoch,
+    pub state: CopyState,
+    pub generations: Vec<Generation>,
+    /// Last position issued (primary) or applied (secondary).
+    pub position: Position,
+    /// Flushed by every member of S.
+    pub stable_position: Position,
+    pub in_sync: SlotSet,
+    pub in_sync_pending: SlotSet,
+    pub on_peer_loss: OnPeerLoss,
+    /// Client writes wait because a member of S is missing and the policy says suspend.
+    pub parked: bool,
+    /// Client writes waiting, and why, in words; empty when none.
+    pub parked_reason: String,
+    /// I/O held by a person or an agent.
+    pub suspended: bool,
+    pub unclean_start: bool,
+    pub volumes: Vec<VolumeStatus>,
+    pub peers: Vec<PeerStatus>,
+    pub hot_extents: usize,
+    pub counters: Counters,
+}
+
+#[derive(Clone, Debug)]
+pub struct VolumeStatus {
+    pub index: VolumeIndex,
+    pub name: String,
+    pub size: u64,
+    pub sector_size: u32,
+    pub disk: Uuid,
+}
+
+#[derive(Clone, Debug)]
+pub struct PeerStatus {
+    pub slot: Slot,
+    pub node: Uuid,
+    pub mode: Mode,
+    pub link: LinkState,
+    /// As the peer said when we last met it.
+    pub state: Option<CopyState>,
+    pub is_primary: bool,
+    /// Blocks the peer lacks, in bytes, and those not yet acknowledged.
+    pub dirty_bytes: u64,
+    pub unacknowledged_bytes: u64,
+    /// Age of the oldest write the peer has not acknowledged, in ms: the RPO in seconds.
+    pub lag_ms: u64,
+    pub resync: Option<ResyncStatus>,
+    pub verify: Option<VerifyStatus>,
+    /// What the last handshake decided, in words.
+    pub handshake: String,
+    pub last_error: String,
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum LinkState {
+    /// Told not to connect.
+    Off,
+    Connecting,
+    Handshake,
+    /// Mirrored, bits left to copy.
+    Resync,
+    /// Mirrored, nothing left to copy.
+    Established,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct ResyncStatus {
+    pub is_source: bool,
+    pub total_bytes: u64,
+    pub left_bytes: u64,
+    pub done_bytes: u64,
+    pub paused: bool,
+    pub started_ms_ago: u64,
+    /// Bytes per second since it began.
+    pub rate: u64,
+    /// At the present rate; `None` while nothing can be said.
+    pub eta_ms: Option<u64>,
+    pub undo_intact: bool,
+}
+
+#[derive(Clone, Copy, Debug)]
+pub struct VerifyStatus {
+    pub total_bytes: u64,
+    pub done_bytes: u64,
+    pub different_bytes: u64,
+    pub running: bool,
+}
+
+/// Since the process began.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Counters {
+    pub reads: u64,
+    pub read_bytes: u64,
+    pub writes: u64,
+    pub write_bytes: u64,
+    pub flushes: u64,
+    pub zeroes: u64,
+    pub replicated_writes: u64,
+    pub replicated_bytes: u64,
+    pub resync_bytes: u64,
+    pub al_transactions: u64,
+    pub bitmap_writes: u64,
+    pub superblock_writes: u64,
+    pub refused_frames: u64,
+}
