@@ -1,1 +1,5 @@
 //! The replicator process: shards, control API, metrics.
+
+pub mod config;
+pub mod control;
+pub mod events;
