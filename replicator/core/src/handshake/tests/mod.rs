@@ -1,0 +1,6 @@
+//! Tests of the handshake: each row, the properties of the function, promotion, and the enumeration.
+
+mod build;
+mod promotion;
+mod properties;
+mod table;
