@@ -1,0 +1,477 @@
+use super::*;
+use proptest::prelude::*;
+
+const GRAIN: u8 = 12;
+/// Two and a half pages, and a last block that is not whole.
+const SIZE: u64 = (PAGE_BITS * 5 / 2 << GRAIN) - 512;
+const PAGE_BYTES: u64 = PAGE_BITS << GRAIN;
+
+fn all_bits(bitmap: &DirtyBitmap) -> Vec<bool> {
+    (0..bitmap.bits()).map(|b| bitmap.bit(b)).collect()
+}
+
+#[test]
+fn set_takes_touched_blocks_and_clear_takes_whole_ones() {
+    let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+    assert_eq!(b.set(4095, 2), 2);
+    assert_eq!(b.set(0, 8192), 0);
+    assert_eq!(b.clear(1, 8191), 1);
+    assert_eq!(b.next_run(0, 99), Some((0, 1)));
+    assert_eq!(b.set(SIZE - 1, 1), 1);
+    assert_eq!(b.bytes(), 4096 + 4096 - 512);
+    assert_eq!(
+        b.clear(SIZE - 3584, 3584),
+        1,
+        "the tail block is whole at the end of the volume"
+    );
+    assert_eq!(b.set(SIZE, 4096), 0, "past the end");
+    assert_eq!(b.set(u64::MAX - 5, u64::MAX), 0);
+}
+
+#[test]
+fn all_set_ends_at_the_end_of_the_volume() {
+    let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+    b.set_all();
+    assert_eq!(b.count(), PAGE_BITS * 5 / 2);
+    assert_eq!(b.bytes(), SIZE);
+    assert_eq!(b.partial_pages(), 0);
+    assert!(b.all_set(0, SIZE));
+    assert_eq!(b.next_run(0, u64::MAX), Some((0, b.bits())));
+    assert_eq!(b.next_run(b.bits(), 1), None);
+    assert_eq!(b.byte_range(0, b.bits()), (0, SIZE));
+    assert_eq!(b.clear(PAGE_BYTES, PAGE_BYTES), PAGE_BITS);
+    assert_eq!(b.next_run(5, u64::MAX), Some((5, PAGE_BITS - 5)));
+    assert_eq!(b.next_run(PAGE_BITS, 7), Some((2 * PAGE_BITS, 7)));
+    b.clear_all();
+    assert!(b.is_clear() && b.next_run(0, 1).is_none());
+}
+
+#[test]
+fn growing_leaves_the_new_area_clear() {
+    let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+    let bits = b.bits();
+    b.set_all();
+    b.grow(SIZE + 100 * PAGE_BYTES);
+    assert_eq!(b.count(), bits);
+    assert_eq!(b.next_run(0, u64::MAX), Some((0, bits)));
+    assert!(!b.any_set(bits << GRAIN, u64::MAX));
+    b.grow(SIZE + 100 * PAGE_BYTES);
+    assert_eq!(b.set(SIZE + 100 * PAGE_BYTES - 1, 1), 1);
+}
+
+#[test]
+fn d7_too_many_partial_pages_say_too_much_never_too_little() {
+    let pages = 40;
+    let mut b = DirtyBitmap::new(pages * PAGE_BYTES, GRAIN, 8);
+    b.set(3 * PAGE_BYTES, 1000 << GRAIN);
+    for page in 0..pages {
+        b.set(page * PAGE_BYTES + 8192, 4096);
+        assert!(b.partial_pages() <= 8);
+    }
+    assert_eq!(b.collapsed_pages(), pages - 8);
+    assert!(
+        b.all_set(3 * PAGE_BYTES, PAGE_BYTES),
+        "the fullest one goes first"
+    );
+    for page in 0..pages {
+        assert!(b.any_set(page * PAGE_BYTES + 8192, 4096));
+    }
+    assert_eq!(b.count(), 8 + (pages - 8) * PAGE_BITS);
+}
+
+/// A block that became dirty by the collapse alone is not on disk; set in earnest, it must not count as durable.
+#[test]
+fn d6_collapsed_page_is_durable_only_after_a_save() {
+    let pages = 9;
+    let mut b = DirtyBitmap::new(pages * PAGE_BYTES, GRAIN, 8);
+    for page in 0..8 {
+        b.set(page * PAGE_BYTES, if page == 0 { 8192 } else { 4096 });
+    }
+    save_everything(&mut b);
+    assert!(!b.has_unsaved_sets());
+    b.set(8 * PAGE_BYTES, 4096);
+    assert_eq!(b.collapsed_pages(), 1);
+    assert_eq!(b.set(9 << GRAIN, 4096), 0);
+    assert!(b.unsaved_sets_in(9 << GRAIN, 4096));
+    save_everything(&mut b);
+    assert!(b.is_saved());
+}
+
+/// D8: while client writes keep too many pages partial, a resync over all set pages still ends.
+#[test]
+fn d8_resync_ends_although_pages_collapse() {
+    let pages = 64;
+    let mut b = DirtyBitmap::new(pages * PAGE_BYTES, GRAIN, 8);
+    b.set_all();
+    let mut cleared = 0;
+    let mut from = 0;
+    let mut round = 0u64;
+    let mut transfers = 0;
+    while let Some((first, bits)) = b.next_run(from, 2048) {
+        let (offset, length) = b.byte_range(first, bits);
+        cleared += b.clear(offset, length);
+        from = first + bits;
+        transfers += bits;
+        // A client that dirties what was copied already, far behind.
+        round += 1;
+        let page = round * 7 % (first / PAGE_BITS + 1);
+        if page < first / PAGE_BITS {
+            b.set(page * PAGE_BYTES + (round % 1000 << GRAIN), 4096);
+        }
+        assert!(transfers <= pages * PAGE_BITS, "a block was copied twice");
+    }
+    assert_eq!(cleared, pages * PAGE_BITS);
+}
+
+#[test]
+fn an_extent_does_not_wait_for_bits_set_elsewhere_in_its_page() {
+    let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+    b.set(0, 4096);
+    let image = b.begin_save(0).expect("there is something to save");
+    assert!(image.words.is_some());
+    b.set(64 << 20, 4096);
+    assert!(b.unsaved_sets_in(0, 4096));
+    assert_eq!(b.page_saved(0), AfterPage::SummaryDue(0));
+    assert!(b.begin_summary(0).is_some());
+    assert!(b.unsaved_sets_in(0, 4096));
+    b.summary_saved(0);
+    assert!(!b.unsaved_sets_in(0, 1 << 20));
+    assert!(b.unsaved_sets_in(64 << 20, 1));
+    assert_eq!(b.next_unsaved_set(0), Some(0));
+}
+
+#[test]
+fn setting_everything_is_saved_by_one_write_per_summary_block() {
+    let mut b = DirtyBitmap::new(SIZE * 100, GRAIN, 8);
+    b.set_all();
+    let image = b.begin_save(17).expect("there is something to save");
+    assert_eq!(
+        image,
+        SaveImage {
+            words: None,
+            summary: SUMMARY_ALL_SET
+        }
+    );
+    let summary = b.begin_summary(0).expect("a byte is due");
+    assert!(summary.iter().all(|s| *s == SUMMARY_ALL_SET));
+    assert!(
+        b.begin_summary(0).is_none(),
+        "one write of a block at a time"
+    );
+    b.summary_saved(0);
+    assert!(b.is_saved());
+}
+
+#[test]
+fn damage_means_every_block() {
+    let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+    let mut words = [0; PAGE_WORDS];
+    words[0] = 0b1010;
+    assert!(b.load(0, SUMMARY_PARTIAL, Some(&words)));
+    assert!(!b.load(1, SUMMARY_PARTIAL, None));
+    assert!(!b.load(2, 77, None));
+    assert_eq!(b.next_run(0, u64::MAX), Some((1, 1)));
+    assert_eq!(
+        b.next_run(4, u64::MAX),
+        Some((PAGE_BITS, b.bits() - PAGE_BITS))
+    );
+    assert!(b.is_saved(), "the disk says the same");
+}
+
+fn save_everything(b: &mut DirtyBitmap) {
+    for page in b.unsaved_pages().collect::<Vec<_>>() {
+        if b.begin_save(page)
+            .is_some_and(|image| image.words.is_some())
+        {
+            let _ = b.page_saved(page);
+        }
+    }
+    for block in 0..b.summary_block_of(b.page_count() - 1) + 1 {
+        if b.begin_summary(block).is_some() {
+            b.summary_saved(block);
+        }
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Change {
+    Set(u64, u64),
+    Clear(u64, u64),
+    SetAll,
+    ClearAll,
+    /// A peer's page of another grain.
+    Or(u64, u8, u64, u64),
+}
+
+fn range() -> impl Strategy<Value = (u64, u64)> {
+    let length = prop_oneof![4 => 0u64..100_000, 2 => 0..2 * PAGE_BYTES, 1 => Just(PAGE_BYTES), 1 => Just(SIZE)];
+    let offset = prop_oneof![3 => 0..SIZE + 9999, 2 => (0u64..3).prop_map(|p| p * PAGE_BYTES), 1 => 0u64..3 << 20];
+    (offset, length)
+}
+
+fn change() -> impl Strategy<Value = Change> {
+    prop_oneof![
+        8 => range().prop_map(|(o, l)| Change::Set(o, l)),
+        6 => range().prop_map(|(o, l)| Change::Clear(o, l)),
+        1 => Just(Change::SetAll),
+        1 => Just(Change::ClearAll),
+        2 => (0u64..3, 11u8..15, 0..PAGE_BITS, 0..PAGE_BITS).prop_map(|(p, g, a, b)| Change::Or(p, g, a.min(b), a.max(b))),
+    ]
+}
+
+/// The same change on plain booleans. Returns how many bits changed.
+fn model_change(model: &mut [bool], change: &Change) -> u64 {
+    let put = |model: &mut [bool], range: std::ops::Range<u64>, value: bool| {
+        let mut changed = 0;
+        for bit in range.start.min(range.end)..range.end {
+            changed += u64::from(model[bit as usize] != value);
+            model[bit as usize] = value;
+        }
+        changed
+    };
+    let touched = |offset: u64, length: u64| {
+        let end = offset.saturating_add(length).min(SIZE);
+        if offset >= end {
+            0..0
+        } else {
+            offset >> GRAIN..end.div_ceil(1 << GRAIN)
+        }
+    };
+    let bits = model.len() as u64;
+    match *change {
+        Change::Set(offset, length) => put(model, touched(offset, length), true),
+        Change::Clear(offset, length) => {
+            let end = if offset + length >= SIZE {
+                bits
+            } else {
+                (offset + length) >> GRAIN
+            };
+            put(model, offset.div_ceil(1 << GRAIN).min(bits)..end, false)
+        }
+        Change::SetAll => put(model, 0..bits, true),
+        Change::ClearAll => put(model, 0..bits, false),
+        Change::Or(page, grain, from, to) => (from..to)
+            .map(|b| {
+                put(
+                    model,
+                    touched((page * PAGE_BITS + b) << grain, 1 << grain),
+                    true,
+                )
+            })
+            .sum(),
+    }
+}
+
+fn apply(b: &mut DirtyBitmap, change: &Change) -> Option<u64> {
+    match *change {
+        Change::Set(offset, length) => Some(b.set(offset, length)),
+        Change::Clear(offset, length) => Some(b.clear(offset, length)),
+        Change::SetAll => {
+            b.set_all();
+            None
+        }
+        Change::ClearAll => {
+            b.clear_all();
+            None
+        }
+        Change::Or(page, grain, from, to) => {
+            let mut words = [0; PAGE_WORDS];
+            fill(&mut words, from, to);
+            let content = if to - from == PAGE_BITS {
+                PageContent::AllSet
+            } else {
+                PageContent::Partial(&words)
+            };
+            Some(b.or_page(page, content, grain))
+        }
+    }
+}
+
+/// What a disk holds of one bitmap. `None`: damaged by a torn write.
+#[derive(Clone)]
+struct Disk {
+    pages: Vec<Option<PageWords>>,
+    summaries: Vec<Option<Vec<u8>>>,
+}
+
+const TEST_SUMMARY_PAGES: u64 = 2;
+
+impl Disk {
+    fn load(&self) -> DirtyBitmap {
+        let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+        for page in 0..self.pages.len() {
+            let (block, at) = (
+                page / TEST_SUMMARY_PAGES as usize,
+                page % TEST_SUMMARY_PAGES as usize,
+            );
+            let summary = self.summaries[block]
+                .as_ref()
+                .map_or(SUMMARY_ALL_SET, |s| s[at]);
+            b.load(page as u64, summary, self.pages[page].as_ref());
+        }
+        b
+    }
+}
+
+#[derive(Clone, Debug)]
+enum Step {
+    Change(Change),
+    Begin(u64),
+    EndPage(usize, bool),
+    BeginSummary(u64),
+    EndSummary(usize, bool),
+}
+
+fn step() -> impl Strategy<Value = Step> {
+    prop_oneof![
+        5 => change().prop_map(Step::Change),
+        4 => (0u64..3).prop_map(Step::Begin),
+        3 => (any::<usize>(), prop::bool::weighted(0.9)).prop_map(|(a, b)| Step::EndPage(a, b)),
+        3 => (0u64..2).prop_map(Step::BeginSummary),
+        3 => (any::<usize>(), prop::bool::weighted(0.9)).prop_map(|(a, b)| Step::EndSummary(a, b)),
+    ]
+}
+
+/// How an unfinished or failed write left its block.
+fn settle<T: Clone>(place: &mut Option<T>, new: &T, how: u8) {
+    match how % 3 {
+        0 => {}
+        1 => *place = Some(new.clone()),
+        _ => *place = None,
+    }
+}
+
+proptest! {
+    #![proptest_config(ProptestConfig::with_cases(96))]
+
+    #[test]
+    fn behaves_like_plain_booleans(changes in prop::collection::vec(change(), 1..24), probe in prop::collection::vec(range(), 8)) {
+        let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+        let mut model = vec![false; b.bits() as usize];
+        for change in &changes {
+            let changed = model_change(&mut model, change);
+            if let Some(said) = apply(&mut b, change) {
+                prop_assert_eq!(said, changed, "{:?}", change);
+            }
+            prop_assert_eq!(b.count(), model.iter().filter(|s| **s).count() as u64);
+        }
+        prop_assert_eq!(&all_bits(&b), &model);
+        let dirty_bytes: u64 = (0..b.bits()).filter(|at| model[*at as usize]).map(|at| b.byte_range(at, 1).1).sum();
+        prop_assert_eq!(b.bytes(), dirty_bytes);
+        let mut runs = vec![false; model.len()];
+        let mut from = 0;
+        while let Some((first, bits)) = b.next_run(from, 40_000) {
+            prop_assert!(bits > 0 && bits <= 40_000);
+            for at in first..first + bits {
+                runs[at as usize] = true;
+            }
+            from = first + bits;
+        }
+        prop_assert_eq!(&runs, &model);
+        for (offset, length) in probe {
+            let end = (offset + length).min(SIZE);
+            let touched = if offset >= end { 0..0 } else { (offset >> GRAIN) as usize..end.div_ceil(1 << GRAIN) as usize };
+            prop_assert_eq!(b.any_set(offset, length), model[touched.clone()].iter().any(|s| *s));
+            prop_assert_eq!(b.all_set(offset, length), model[touched].iter().all(|s| *s));
+        }
+        for page in 0..3 {
+            let any = model[(page * PAGE_BITS) as usize..((page + 1) * PAGE_BITS).min(b.bits()) as usize].contains(&true);
+            prop_assert_eq!(b.pages_with_bits().any(|p| p == page), any);
+        }
+    }
+
+    /// D6, D7: whatever the order of changes and saves, whatever a crash does to the writes in flight and whatever
+    /// a failed write left behind, a set bit that was reported durable is there after recovery.
+    #[test]
+    fn d7_crash_loses_no_bit_reported_durable(
+        steps in prop::collection::vec((step(), any::<u8>()), 1..40),
+        crash in prop::collection::vec(any::<u8>(), 8),
+    ) {
+        let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+        b.summary_pages = TEST_SUMMARY_PAGES;
+        let mut disk = Disk { pages: vec![None; 3], summaries: vec![Some(vec![0, 0]), Some(vec![0])] };
+        let mut pages: Vec<(u64, PageWords)> = Vec::new();
+        let mut summaries: Vec<(u64, Vec<u8>)> = Vec::new();
+        for (step, how) in steps {
+            match step {
+                Step::Change(change) => {
+                    apply(&mut b, &change);
+                }
+                Step::Begin(page) => {
+                    if let Some(words) = b.begin_save(page).and_then(|image| image.words) {
+                        pages.push((page, *words));
+                    }
+                }
+                Step::EndPage(pick, ok) => {
+                    if pages.is_empty() {
+                        continue;
+                    }
+                    let (page, words) = pages.remove(pick % pages.len());
+                    if ok {
+                        disk.pages[page as usize] = Some(words);
+                        let _ = b.page_saved(page);
+                    } else {
+                        settle(&mut disk.pages[page as usize], &words, how);
+                        b.page_failed(page);
+                    }
+                }
+                Step::BeginSummary(block) => {
+                    if let Some(bytes) = b.begin_summary(block) {
+                        summaries.push((block, bytes));
+                    }
+                }
+                Step::EndSummary(pick, ok) => {
+                    if summaries.is_empty() {
+                        continue;
+                    }
+                    let (block, bytes) = summaries.remove(pick % summaries.len());
+                    if ok {
+                        disk.summaries[block as usize] = Some(bytes);
+                        b.summary_saved(block);
+                    } else {
+                        settle(&mut disk.summaries[block as usize], &bytes, how);
+                        b.summary_failed(block);
+                    }
+                }
+            }
+        }
+        let mut crashed = disk.clone();
+        for ((page, words), how) in pages.iter().zip(&crash) {
+            settle(&mut crashed.pages[*page as usize], words, *how);
+        }
+        for ((block, bytes), how) in summaries.iter().zip(crash.iter().rev()) {
+            settle(&mut crashed.summaries[*block as usize], bytes, *how);
+        }
+        let recovered = crashed.load();
+        for bit in 0..b.bits() {
+            if b.bit(bit) && !b.unsaved_sets_in(bit << GRAIN, 1) {
+                prop_assert!(recovered.bit(bit), "bit {} was reported durable and is gone", bit);
+            }
+        }
+        // Everything finishes: the disk then says exactly what memory says.
+        for (page, words) in pages {
+            disk.pages[page as usize] = Some(words);
+            let _ = b.page_saved(page);
+        }
+        for (block, bytes) in summaries {
+            disk.summaries[block as usize] = Some(bytes);
+            b.summary_saved(block);
+        }
+        for _ in 0..2 {
+            for page in 0..3 {
+                if let Some(words) = b.begin_save(page).and_then(|image| image.words) {
+                    disk.pages[page as usize] = Some(*words);
+                    let _ = b.page_saved(page);
+                }
+            }
+            for block in 0..2 {
+                if let Some(bytes) = b.begin_summary(block) {
+                    disk.summaries[block as usize] = Some(bytes);
+                    b.summary_saved(block);
+                }
+            }
+        }
+        prop_assert!(b.is_saved() && !b.has_unsaved_sets());
+        prop_assert_eq!(all_bits(&disk.load()), all_bits(&b));
+    }
+}
