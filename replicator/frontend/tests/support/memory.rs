@@ -155,6 +155,12 @@ impl Memory {
         self.held.borrow().len()
     }
 
+    /// Loses everything held, as a defect would.
+    pub fn drop_held(&self) {
+        self.holding.set(false);
+        drop(self.held.take());
+    }
+
     /// Answers everything held, the newest first.
     pub fn release(&self) {
         self.holding.set(false);
