@@ -17,11 +17,17 @@ use std::path::{Path, PathBuf};
 /// Where the file is looked for when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/holdfast/holdfast.toml";
 
+/// The control socket unless the configuration names another.
+pub const DEFAULT_CONTROL_SOCKET: &str = "/run/holdfast/control.sock";
+
 /// What is wrong with the configuration, and where.
 #[derive(Debug, thiserror::Error)]
 pub enum ConfigError {
     #[error("cannot read the configuration {}: {source}. Nothing was started; check the path and its permissions", file.display())]
-    Read { file: PathBuf, source: std::io::Error },
+    Read {
+        file: PathBuf,
+        source: std::io::Error,
+    },
     #[error("{} is not a valid configuration:\n{message}\nNothing was started; correct the line (docs/process.md lists every key)", file.display())]
     Syntax { file: PathBuf, message: String },
     #[error("{}: {key}: {what}. Nothing was started; {next}", file.display())]
@@ -51,7 +57,7 @@ pub struct NodeConfig {
     pub state_dir: PathBuf,
     /// UDP addresses the link listens on.
     pub link_listen: Vec<SocketAddr>,
-    /// Unix socket of the control API; `control.sock` in the state directory unless set.
+    /// Unix socket of the control API; [`DEFAULT_CONTROL_SOCKET`] unless set.
     pub control_socket: PathBuf,
     /// None: no metrics are served.
     pub metrics: Option<SocketAddr>,
@@ -156,7 +162,10 @@ pub fn parse_uuid(text: &str) -> Option<Uuid> {
     if digits.len() != 32 || !digits.bytes().all(|b| b.is_ascii_hexdigit()) {
         return None;
     }
-    u128::from_str_radix(&digits, 16).ok().filter(|id| *id != 0).map(Uuid)
+    u128::from_str_radix(&digits, 16)
+        .ok()
+        .filter(|id| *id != 0)
+        .map(Uuid)
 }
 
 // The file as it is written. Unknown keys are refused, so that a typing error never silently means a default.
@@ -179,7 +188,8 @@ struct RawNode {
     state_dir: PathBuf,
     #[serde(default)]
     link_listen: Vec<SocketAddr>,
-    control_socket: Option<PathBuf>,
+    #[serde(default = "default_control_socket")]
+    control_socket: PathBuf,
     #[serde(default = "default_metrics")]
     metrics: String,
     #[serde(default = "default_profile")]
@@ -190,6 +200,9 @@ struct RawNode {
 
 fn default_state_dir() -> PathBuf {
     "/var/lib/holdfast".into()
+}
+fn default_control_socket() -> PathBuf {
+    DEFAULT_CONTROL_SOCKET.into()
 }
 fn default_metrics() -> String {
     "127.0.0.1:9741".into()
@@ -322,8 +335,10 @@ impl Config {
     /// # Errors
     /// The file cannot be read, is not TOML of this shape, or its values contradict each other.
     pub fn load(file: &Path) -> Result<Config, ConfigError> {
-        let text = std::fs::read_to_string(file)
-            .map_err(|source| ConfigError::Read { file: file.to_owned(), source })?;
+        let text = std::fs::read_to_string(file).map_err(|source| ConfigError::Read {
+            file: file.to_owned(),
+            source,
+        })?;
         Config::parse(&text, file)
     }
 
@@ -332,8 +347,10 @@ impl Config {
     /// # Errors
     /// As [`load`](Self::load), except for reading.
     pub fn parse(text: &str, file: &Path) -> Result<Config, ConfigError> {
-        let raw: RawConfig = toml::from_str(text)
-            .map_err(|error| ConfigError::Syntax { file: file.to_owned(), message: error.to_string() })?;
+        let raw: RawConfig = toml::from_str(text).map_err(|error| ConfigError::Syntax {
+            file: file.to_owned(),
+            message: error.to_string(),
+        })?;
         Reader { file }.config(raw)
     }
 
@@ -355,8 +372,18 @@ struct Reader<'a> {
 }
 
 impl Reader<'_> {
-    fn wrong(&self, key: impl Into<String>, what: impl Into<String>, next: impl Into<String>) -> ConfigError {
-        ConfigError::Key { file: self.file.to_owned(), key: key.into(), what: what.into(), next: next.into() }
+    fn wrong(
+        &self,
+        key: impl Into<String>,
+        what: impl Into<String>,
+        next: impl Into<String>,
+    ) -> ConfigError {
+        ConfigError::Key {
+            file: self.file.to_owned(),
+            key: key.into(),
+            what: what.into(),
+            next: next.into(),
+        }
     }
 
     fn config(&self, raw: RawConfig) -> Result<Config, ConfigError> {
@@ -369,7 +396,11 @@ impl Reader<'_> {
             let service = self.service(raw, &node.name)?;
             let key = format!("service {:?}", service.name);
             if !names.insert(service.name.clone()) {
-                return Err(self.wrong(key, "two services have this name", "give each service a name of its own"));
+                return Err(self.wrong(
+                    key,
+                    "two services have this name",
+                    "give each service a name of its own",
+                ));
             }
             if !ids.insert(service.id) {
                 return Err(self.wrong(
@@ -388,7 +419,12 @@ impl Reader<'_> {
                 "set it, for example to [\"0.0.0.0:7741\"]",
             ));
         }
-        Ok(Config { file: self.file.to_owned(), node, nbd, services })
+        Ok(Config {
+            file: self.file.to_owned(),
+            node,
+            nbd,
+            services,
+        })
     }
 
     fn name(&self, key: &str, name: &str) -> Result<(), ConfigError> {
@@ -410,15 +446,17 @@ impl Reader<'_> {
         if path.is_absolute() {
             return Ok(());
         }
-        Err(self.wrong(key, format!("{} is not an absolute path", path.display()), "write it from / on"))
+        Err(self.wrong(
+            key,
+            format!("{} is not an absolute path", path.display()),
+            "write it from / on",
+        ))
     }
 
     fn node(&self, raw: RawNode) -> Result<NodeConfig, ConfigError> {
         self.name("node.name", &raw.name)?;
         self.absolute("node.state_dir", &raw.state_dir)?;
-        let control_socket =
-            raw.control_socket.unwrap_or_else(|| raw.state_dir.join(crate::control::SOCKET_NAME));
-        self.absolute("node.control_socket", &control_socket)?;
+        self.absolute("node.control_socket", &raw.control_socket)?;
         let metrics = match raw.metrics.as_str() {
             "off" => None,
             text => {
@@ -443,7 +481,7 @@ impl Reader<'_> {
             name: raw.name,
             state_dir: raw.state_dir,
             link_listen: raw.link_listen,
-            control_socket,
+            control_socket: raw.control_socket,
             metrics,
             profile: raw.profile,
             state_may_be_on_nbd: raw.state_may_be_on_nbd,
@@ -479,7 +517,11 @@ impl Reader<'_> {
                 "add [nbd.tls] with certificate and key, or listen on 127.0.0.1",
             ));
         }
-        Ok(NbdConfig { unix: raw.unix, tcp: raw.tcp, tls })
+        Ok(NbdConfig {
+            unix: raw.unix,
+            tcp: raw.tcp,
+            tls,
+        })
     }
 
     fn service(&self, raw: RawService, own_node: &str) -> Result<ServiceConfig, ConfigError> {
@@ -521,7 +563,16 @@ impl Reader<'_> {
             RawPolicy::Continue => OnPeerLoss::Continue,
         };
         let tuning = self.tuning(&format!("{key}.tuning"), raw.tuning)?;
-        Ok(ServiceConfig { name: raw.name, id, slot, mode, on_peer_loss, tuning, volumes, peers })
+        Ok(ServiceConfig {
+            name: raw.name,
+            id,
+            slot,
+            mode,
+            on_peer_loss,
+            tuning,
+            volumes,
+            peers,
+        })
     }
 
     fn slot(&self, key: &str, slot: u8) -> Result<Slot, ConfigError> {
@@ -531,11 +582,19 @@ impl Reader<'_> {
         Err(self.wrong(
             key,
             format!("{slot} is not a slot"),
-            format!("number the copies from 0 to {}, the same on every node", MAX_COPIES - 1),
+            format!(
+                "number the copies from 0 to {}, the same on every node",
+                MAX_COPIES - 1
+            ),
         ))
     }
 
-    fn volume(&self, service: &str, index: u16, raw: RawVolume) -> Result<VolumeConfig, ConfigError> {
+    fn volume(
+        &self,
+        service: &str,
+        index: u16,
+        raw: RawVolume,
+    ) -> Result<VolumeConfig, ConfigError> {
         self.name(&format!("{service}.volume.name"), &raw.name)?;
         let key = format!("{service}.volume {:?}", raw.name);
         self.absolute(&format!("{key}.backing"), &raw.backing)?;
@@ -621,7 +680,10 @@ impl Reader<'_> {
                     "give every copy a slot of its own, the same on every node",
                 ));
             }
-            if let Some(other) = peers.iter().find(|peer| peer.slot == slot || peer.node == node) {
+            if let Some(other) = peers
+                .iter()
+                .find(|peer| peer.slot == slot || peer.node == node)
+            {
                 return Err(self.wrong(
                     key,
                     format!("peer {} already has this slot or name", other.node),
@@ -637,7 +699,12 @@ impl Reader<'_> {
             }
             // An empty list is allowed: the peer connects to this node (it is behind a translated address).
             let mode = raw.mode.map_or(mode, Mode::from);
-            peers.push(PeerConfig { node, slot, addresses: raw.addresses, mode });
+            peers.push(PeerConfig {
+                node,
+                slot,
+                addresses: raw.addresses,
+                mode,
+            });
         }
         Ok(peers)
     }
@@ -675,7 +742,9 @@ impl Reader<'_> {
             async_queue_bytes: raw.async_queue_bytes.unwrap_or(default.async_queue_bytes),
             async_lag_ms: raw.async_lag_ms.unwrap_or(default.async_lag_ms),
             async_block: raw.async_block.unwrap_or(default.async_block),
-            resync_window_bytes: raw.resync_window_bytes.unwrap_or(default.resync_window_bytes),
+            resync_window_bytes: raw
+                .resync_window_bytes
+                .unwrap_or(default.resync_window_bytes),
             resync_chunk_bytes: raw.resync_chunk_bytes.unwrap_or(default.resync_chunk_bytes),
             receive_bytes: raw.receive_bytes.unwrap_or(default.receive_bytes),
             bitmap_pages: raw.bitmap_pages.unwrap_or(default.bitmap_pages),
@@ -687,16 +756,28 @@ impl Reader<'_> {
             if fits {
                 Ok(())
             } else {
-                Err(self.wrong(format!("{key}.{name}"), "the value is out of range", format!("use {range}")))
+                Err(self.wrong(
+                    format!("{key}.{name}"),
+                    "the value is out of range",
+                    format!("use {range}"),
+                ))
             }
         };
-        range("heartbeat_ms", (10..=60_000).contains(&tuning.heartbeat_ms), "10 to 60000 ms".into())?;
+        range(
+            "heartbeat_ms",
+            (10..=60_000).contains(&tuning.heartbeat_ms),
+            "10 to 60000 ms".into(),
+        )?;
         range(
             "peer_timeout_ms",
             tuning.peer_timeout_ms >= 2 * tuning.heartbeat_ms && tuning.peer_timeout_ms <= 600_000,
             "at least twice heartbeat_ms, at most 600000 ms".into(),
         )?;
-        range("stable_interval_ms", (10..=60_000).contains(&tuning.stable_interval_ms), "10 to 60000 ms".into())?;
+        range(
+            "stable_interval_ms",
+            (10..=60_000).contains(&tuning.stable_interval_ms),
+            "10 to 60000 ms".into(),
+        )?;
         range(
             "resync_chunk_bytes",
             (4096..=MAX_PAYLOAD).contains(&chunk) && chunk.is_power_of_two(),
@@ -712,7 +793,11 @@ impl Reader<'_> {
             (2 * u64::from(MAX_PAYLOAD)..=16 << 30).contains(&tuning.receive_bytes),
             "2 MiB to 16 GiB".into(),
         )?;
-        range("bitmap_pages", (16..=1 << 22).contains(&tuning.bitmap_pages), "16 to 4194304 pages".into())?;
+        range(
+            "bitmap_pages",
+            (16..=1 << 22).contains(&tuning.bitmap_pages),
+            "16 to 4194304 pages".into(),
+        )?;
         Ok(tuning)
     }
 }
@@ -720,7 +805,9 @@ impl Reader<'_> {
 /// Bytes from text like `4096`, `64KiB`, `10 GiB`, `1.5TiB`; powers of 1024 only. None if it is no size.
 pub fn parse_size(text: &str) -> Option<u64> {
     let text = text.trim();
-    let digits = text.find(|c: char| !c.is_ascii_digit() && c != '.').unwrap_or(text.len());
+    let digits = text
+        .find(|c: char| !c.is_ascii_digit() && c != '.')
+        .unwrap_or(text.len());
     let (number, unit) = text.split_at(digits);
     let shift = match unit.trim().to_ascii_lowercase().as_str() {
         "" | "b" => 0,
@@ -742,9 +829,13 @@ fn is_host_port(text: &str) -> bool {
     if text.parse::<SocketAddr>().is_ok() {
         return true;
     }
-    let Some((host, port)) = text.rsplit_once(':') else { return false };
+    let Some((host, port)) = text.rsplit_once(':') else {
+        return false;
+    };
     let host_fits = !host.is_empty()
-        && host.bytes().all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
+        && host
+            .bytes()
+            .all(|b| b.is_ascii_alphanumeric() || matches!(b, b'-' | b'.' | b'_'));
     host_fits && port.parse::<u16>().is_ok_and(|port| port > 0)
 }
 

@@ -64,7 +64,10 @@ impl EventLog {
     /// The file cannot be opened or its thread cannot be started.
     pub fn open(state_dir: &Path) -> Result<EventLog, EventLogError> {
         let path = state_dir.join(FILE_NAME);
-        let fail = |source| EventLogError { path: path.clone(), source };
+        let fail = |source| EventLogError {
+            path: path.clone(),
+            source,
+        };
         let memory = read_back(&path);
         let mut file = LogFile::open(path.clone()).map_err(fail)?;
         let (writer, lines) = mpsc::sync_channel(QUEUE);
@@ -75,7 +78,14 @@ impl EventLog {
             .spawn(move || write_lines(&mut file, &lines, &lost))
             .map_err(fail)?;
         let (followers, _) = broadcast::channel(FOLLOWERS);
-        Ok(EventLog { shared: Arc::new(Shared { memory: Mutex::new(memory), followers, writer, dropped }) })
+        Ok(EventLog {
+            shared: Arc::new(Shared {
+                memory: Mutex::new(memory),
+                followers,
+                writer,
+                dropped,
+            }),
+        })
     }
 
     /// Adds a line. Never waits for the file.
@@ -130,17 +140,24 @@ impl EventLog {
                 Err(_) => return false,
             }
         }
-        settled.recv_timeout(end.saturating_duration_since(std::time::Instant::now())).is_ok()
+        settled
+            .recv_timeout(end.saturating_duration_since(std::time::Instant::now()))
+            .is_ok()
     }
 
     fn memory(&self) -> MutexGuard<'_, VecDeque<EventReport>> {
-        self.shared.memory.lock().unwrap_or_else(PoisonError::into_inner)
+        self.shared
+            .memory
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner)
     }
 }
 
 /// Milliseconds since 1970 by this machine's clock.
 pub fn now_ms() -> u64 {
-    SystemTime::now().duration_since(UNIX_EPOCH).map_or(0, |since| since.as_millis() as u64)
+    SystemTime::now()
+        .duration_since(UNIX_EPOCH)
+        .map_or(0, |since| since.as_millis() as u64)
 }
 
 /// The last lines of an earlier run. A line that is torn (the machine stopped while it was written) is left out.
@@ -149,7 +166,9 @@ fn read_back(path: &Path) -> VecDeque<EventReport> {
     predecessor.push(".1");
     let mut events = VecDeque::new();
     for file in [Path::new(&predecessor), path] {
-        let Ok(text) = std::fs::read(file) else { continue };
+        let Ok(text) = std::fs::read(file) else {
+            continue;
+        };
         for line in text.split(|byte| *byte == b'\n') {
             if let Ok(event) = serde_json::from_slice(line) {
                 if events.len() == MEMORY_EVENTS {
@@ -179,7 +198,9 @@ fn write_lines(file: &mut LogFile, lines: &mpsc::Receiver<ToWriter>, dropped: &A
                 kind: "events-lost".into(),
                 service: String::new(),
                 peer: None,
-                text: format!("{lost} lines were not written to this file because its disk did not keep up"),
+                text: format!(
+                    "{lost} lines were not written to this file because its disk did not keep up"
+                ),
             });
         }
         match message {
@@ -213,11 +234,21 @@ struct LogFile {
 impl LogFile {
     fn open(path: PathBuf) -> io::Result<LogFile> {
         let (file, size) = Self::open_end(&path)?;
-        Ok(LogFile { path, file, size, line: Vec::with_capacity(1024) })
+        Ok(LogFile {
+            path,
+            file,
+            size,
+            line: Vec::with_capacity(1024),
+        })
     }
 
     fn open_end(path: &Path) -> io::Result<(File, u64)> {
-        let mut file = OpenOptions::new().create(true).append(true).read(true).mode(0o640).open(path)?;
+        let mut file = OpenOptions::new()
+            .create(true)
+            .append(true)
+            .read(true)
+            .mode(0o640)
+            .open(path)?;
         let size = file.metadata()?.len();
         // A torn last line must not swallow the next one.
         if size > 0 {
@@ -286,7 +317,12 @@ mod tests {
         assert!(log.settle(Duration::from_secs(10)));
         drop(log);
         let path = dir.path().join(FILE_NAME);
-        OpenOptions::new().append(true).open(&path).unwrap().write_all(b"{\"time_ms\":3,\"lev").unwrap();
+        OpenOptions::new()
+            .append(true)
+            .open(&path)
+            .unwrap()
+            .write_all(b"{\"time_ms\":3,\"lev")
+            .unwrap();
         let log = EventLog::open(dir.path()).unwrap();
         log.append(event("three"));
         assert!(log.settle(Duration::from_secs(10)));

@@ -55,12 +55,18 @@ pub fn environment(config: &Config) -> Result<(), ConfigError> {
                 if let Some(device) = mounts.network_block_device(path) {
                     return Err(wrong(
                         key,
-                        format!("{} is on {}, a device served by a process", path.display(), device.display()),
+                        format!(
+                            "{} is on {}, a device served by a process",
+                            path.display(),
+                            device.display()
+                        ),
                         "use a local disk: a volume below itself would wait for itself",
                     ));
                 }
                 // A path that is not there yet may be created later; the disk layer reports it when it is needed.
-                let Some(place) = Place::of(path) else { continue };
+                let Some(place) = Place::of(path) else {
+                    continue;
+                };
                 if let Some(other) = places.insert(place, key.clone()) {
                     return Err(wrong(
                         key,
@@ -85,9 +91,14 @@ impl Place {
     fn of(path: &Path) -> Option<Place> {
         let metadata = std::fs::metadata(path).ok()?;
         Some(if metadata.file_type().is_block_device() {
-            Place::Device { number: metadata.rdev() }
+            Place::Device {
+                number: metadata.rdev(),
+            }
         } else {
-            Place::File { device: metadata.dev(), inode: metadata.ino() }
+            Place::File {
+                device: metadata.dev(),
+                inode: metadata.ino(),
+            }
         })
     }
 }
@@ -120,7 +131,9 @@ impl Mounts {
     /// The device under `path` if a user-space process may be serving it.
     fn network_block_device(&self, path: &Path) -> Option<PathBuf> {
         // The file may not exist yet: its nearest existing ancestor counts.
-        let real = path.ancestors().find_map(|ancestor| std::fs::canonicalize(ancestor).ok())?;
+        let real = path
+            .ancestors()
+            .find_map(|ancestor| std::fs::canonicalize(ancestor).ok())?;
         if is_served(&real) {
             return Some(real);
         }
@@ -134,10 +147,13 @@ impl Mounts {
 }
 
 fn is_served(device: &Path) -> bool {
-    let Some(name) = device.to_str().and_then(|path| path.strip_prefix("/dev/")) else { return false };
-    ["nbd", "ublkb"]
-        .iter()
-        .any(|kind| name.strip_prefix(kind).is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit())))
+    let Some(name) = device.to_str().and_then(|path| path.strip_prefix("/dev/")) else {
+        return false;
+    };
+    ["nbd", "ublkb"].iter().any(|kind| {
+        name.strip_prefix(kind)
+            .is_some_and(|rest| rest.starts_with(|c: char| c.is_ascii_digit()))
+    })
 }
 
 /// Space, tab, newline and backslash are octal escapes in mountinfo.
@@ -177,8 +193,14 @@ mod tests {
     fn a_path_under_a_served_device_is_found() {
         let mounts = Mounts::parse(MOUNTS);
         assert_eq!(mounts.entries[1].0, Path::new("/srv/on nbd"));
-        assert_eq!(mounts.network_block_device(Path::new("/usr/bin")), Some("/dev/ublkb3".into()));
-        assert_eq!(mounts.network_block_device(Path::new("/usr/not/there/yet")), Some("/dev/ublkb3".into()));
+        assert_eq!(
+            mounts.network_block_device(Path::new("/usr/bin")),
+            Some("/dev/ublkb3".into())
+        );
+        assert_eq!(
+            mounts.network_block_device(Path::new("/usr/not/there/yet")),
+            Some("/dev/ublkb3".into())
+        );
         assert_eq!(mounts.network_block_device(Path::new("/etc")), None);
         assert!(is_served(Path::new("/dev/nbd12")));
         assert!(!is_served(Path::new("/dev/nbdkit")));
@@ -203,7 +225,12 @@ mod tests {
         std::fs::hard_link(dir.path().join("one"), dir.path().join("alias")).unwrap();
         std::fs::write(dir.path().join("two"), "x").unwrap();
         environment(&config(dir.path(), "two")).unwrap();
-        let error = environment(&config(dir.path(), "alias")).unwrap_err().to_string();
-        assert!(error.contains("volume \"y\".backing") && error.contains("volume \"x\".backing"), "{error}");
+        let error = environment(&config(dir.path(), "alias"))
+            .unwrap_err()
+            .to_string();
+        assert!(
+            error.contains("volume \"y\".backing") && error.contains("volume \"x\".backing"),
+            "{error}"
+        );
     }
 }

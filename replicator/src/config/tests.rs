@@ -41,7 +41,10 @@ fn a_whole_configuration() {
     let service = config.service("db").unwrap();
     assert_eq!(service.volumes[0].size, Some(10 << 30));
     assert_eq!(service.volumes[1].index, VolumeIndex(1));
-    assert_eq!(service.volumes[1].metadata, MetadataPlace::External("/var/lib/holdfast-meta/dblog".into()));
+    assert_eq!(
+        service.volumes[1].metadata,
+        MetadataPlace::External("/var/lib/holdfast-meta/dblog".into())
+    );
     assert_eq!(service.peers[0].mode, Mode::Async);
     assert_eq!(service.mode, Mode::Sync);
     assert_eq!(service.on_peer_loss, OnPeerLoss::Suspend);
@@ -58,21 +61,43 @@ fn every_contradiction_is_refused_with_file_and_key() {
         ("slot = 0", "slot = 1", "peer \"beta\".slot"),
         ("node = \"beta\"", "node = \"alpha\"", "peer \"alpha\".node"),
         ("\"10.0.0.2:7741\"", "\"10.0.0.2\"", "addresses"),
-        ("0123456789abcdef0123456789abcdef", "0123", "service \"db\".id"),
+        (
+            "0123456789abcdef0123456789abcdef",
+            "0123",
+            "service \"db\".id",
+        ),
         ("name = \"log\"", "name = \"data\"", "volume \"data\""),
         ("/dev/vg/dblog", "/dev/vg/db", "volume \"log\".backing"),
-        ("/var/lib/holdfast-meta/dblog", "/dev/vg/db", "volume \"log\".metadata"),
+        (
+            "/var/lib/holdfast-meta/dblog",
+            "/dev/vg/db",
+            "volume \"log\".metadata",
+        ),
         ("\"10GiB\"", "\"10GB\"", "volume \"data\".size"),
         ("\"10GiB\"", "4097", "volume \"data\".size"),
         ("link_listen = [\"127.0.0.1:7741\"]", "", "node.link_listen"),
         ("[nbd]", "[nbd]\ntcp = \"10.0.0.1:10809\"", "nbd.tcp"),
-        ("state_dir = \"/var", "metrics = \"0.0.0.0:1\"\nstate_dir = \"/var", "node.metrics"),
-        ("slot = 0\n", "slot = 0\ntuning.heartbeat_ms = 1\n", "tuning.heartbeat_ms"),
-        ("slot = 0\n", "slot = 0\ntuning.resync_chunk_bytes = 5000\n", "tuning.resync_chunk_bytes"),
+        (
+            "state_dir = \"/var",
+            "metrics = \"0.0.0.0:1\"\nstate_dir = \"/var",
+            "node.metrics",
+        ),
+        (
+            "slot = 0\n",
+            "slot = 0\ntuning.heartbeat_ms = 1\n",
+            "tuning.heartbeat_ms",
+        ),
+        (
+            "slot = 0\n",
+            "slot = 0\ntuning.resync_chunk_bytes = 5000\n",
+            "tuning.resync_chunk_bytes",
+        ),
     ];
     for (from, to, key) in cases {
         assert!(GOOD.contains(from), "{from}");
-        let error = parse(&GOOD.replacen(from, to, 1)).expect_err(to).to_string();
+        let error = parse(&GOOD.replacen(from, to, 1))
+            .expect_err(to)
+            .to_string();
         assert!(error.contains("/etc/holdfast/holdfast.toml"), "{error}");
         assert!(error.contains(key), "{key} in: {error}");
     }
@@ -102,7 +127,10 @@ fn sizes() {
 
 #[test]
 fn ids() {
-    assert_eq!(parse_uuid("00000000-0000-0000-0000-00000000000a"), Some(Uuid(10)));
+    assert_eq!(
+        parse_uuid("00000000-0000-0000-0000-00000000000a"),
+        Some(Uuid(10))
+    );
     assert_eq!(parse_uuid("00000000000000000000000000000000"), None);
     assert_eq!(parse_uuid("+0000000000000000000000000000001"), None);
     assert_eq!(parse_uuid("beta"), None);
