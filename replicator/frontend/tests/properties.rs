@@ -91,7 +91,7 @@ fn option_bytes() -> impl Strategy<Value = Vec<u8>> {
 }
 
 proptest! {
-    #![proptest_config(ProptestConfig::with_cases(400))]
+    #![proptest_config(ProptestConfig::with_cases(3000))]
 
     #[test]
     fn noise(data in proptest::collection::vec(any::<u8>(), 0..4096)) {
