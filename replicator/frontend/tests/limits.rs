@@ -27,7 +27,10 @@ fn a_handshake_has_a_deadline() {
 
 #[test]
 fn one_connection_too_many_is_closed_at_once() {
-    let mut setup = Setup::default();
+    let mut setup = Setup {
+        tcp: true,
+        ..Setup::default()
+    };
     setup.limits.max_connections = 2;
     let server = Running::start(setup);
     let mut first = Client::open(&server.socket(), false);
@@ -37,7 +40,11 @@ fn one_connection_too_many_is_closed_at_once() {
         structured: false,
     };
     third.expect_closed();
-    drop(second);
+    // The network's door is another one.
+    let address = server.tcp.expect("TCP");
+    let mut remote = Client::greet(std::net::TcpStream::connect(address).expect("connect"));
+    remote.go("disk", &[]);
+    drop((remote, second));
     server.until("a place is free", |server| {
         server.stats().connections_open.get() == 1
     });

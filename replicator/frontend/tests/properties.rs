@@ -9,6 +9,9 @@ const LARGEST: u64 = 32 << 20;
 
 fn check(outcome: &Outcome) -> Result<(), TestCaseError> {
     let bound = limits().max_bytes_in_flight.max(LARGEST);
+    // One more: a refused write takes its place only once its payload is skipped.
+    let requests = limits().max_requests_in_flight + 1;
+    prop_assert!(outcome.most_requests <= requests, "{outcome:?}");
     prop_assert!(outcome.most_bytes_in_flight <= bound, "{outcome:?}");
     // The volume lends at most for what is admitted, and once more for reads that wait to be sent.
     prop_assert!(outcome.most_buffer_bytes <= bound + LARGEST, "{outcome:?}");

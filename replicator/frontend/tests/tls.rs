@@ -149,7 +149,14 @@ fn what_was_settled_in_the_clear_is_forgotten() {
 #[test]
 fn bytes_smuggled_in_before_tls_end_the_connection() {
     let authority = authority();
-    let server = start(TlsPolicy::Always(Arc::clone(&authority.server)));
+    let mut setup = Setup {
+        tls: TlsPolicy::Always(Arc::clone(&authority.server)),
+        tcp: true,
+        ..Setup::default()
+    };
+    // Not the deadline: the bytes themselves.
+    setup.limits.handshake_timeout = Duration::from_secs(3600);
+    let server = Running::start(setup);
     let mut client = connect(&server);
     let start = holdfast_frontend::nbd::wire::OptionHeader {
         option: option::STARTTLS,

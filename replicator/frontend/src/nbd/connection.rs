@@ -36,6 +36,9 @@ pub(super) enum ConnectionError {
     HandshakeTimeout(Duration),
     #[error("the client took no answer and finished no write for {} s, so its memory was taken back", .0.as_secs_f32())]
     Stalled(Duration),
+    /// Not a failure: the server stops before the client opened anything.
+    #[error("{}", .0.as_str())]
+    Stopping(CloseReason),
     #[error("the socket: {0}")]
     Socket(#[from] io::Error),
 }

@@ -28,6 +28,8 @@ pub struct Outcome {
     pub opened: bool,
     /// The client broke the protocol and was cut off.
     pub cut_off: bool,
+    /// The most requests that were open at once, unsent answers included.
+    pub most_requests: usize,
     /// The most payload bytes that were in flight at once.
     pub most_bytes_in_flight: u64,
     /// The most memory the volume had to lend at once.
@@ -324,6 +326,8 @@ fn run_session(
             outcome.cut_off = true;
             return;
         }
+        let requests = session.requests_in_flight() + session.unsent_answers();
+        outcome.most_requests = outcome.most_requests.max(requests);
         outcome.most_bytes_in_flight = outcome.most_bytes_in_flight.max(session.bytes_in_flight());
         // A slow reader takes a little, sometimes.
         let sent = send(&mut session, volume.roll(3) * 3000);

@@ -4,6 +4,7 @@
 //! the transmission phase: none of them does I/O. [`connection`] moves their bytes over one socket, [`server`]
 //! accepts sockets.
 
+mod answer;
 pub mod check;
 mod connection;
 pub mod fuzz;

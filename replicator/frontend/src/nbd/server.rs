@@ -1,5 +1,6 @@
 //! Accepts connections and gives each its own task on the shard's thread.
 
+use std::cell::Cell;
 use std::io;
 use std::net::SocketAddr;
 use std::os::unix::fs::{FileTypeExt, PermissionsExt};
@@ -112,6 +113,8 @@ pub struct NbdServer<E: Exports> {
     limits: Limits,
     stats: Rc<Stats>,
     stop: CloseSignal,
+    /// Open connections, Unix and TCP apart: a crowd at the network's door keeps no local client out.
+    open: [Cell<usize>; 2],
     last_gone: Notify,
 }
 
@@ -122,6 +125,7 @@ impl<E: Exports> NbdServer<E> {
             limits,
             stats: Rc::default(),
             stop: CloseSignal::new(),
+            open: Default::default(),
             last_gone: Notify::new(),
         })
     }
@@ -234,16 +238,19 @@ impl<E: Exports> NbdServer<E> {
 
     fn admit(self: &Rc<Self>, peer: Peer) -> Option<Place<E>> {
         add(&self.stats.connections, 1);
-        let open = &self.stats.connections_open;
-        if open.get() >= self.limits.max_connections.max(1) {
+        let door = usize::from(matches!(peer, Peer::Tcp(_)));
+        let limit = self.limits.max_connections.max(1);
+        if self.open[door].get() >= limit {
             add(&self.stats.connections_refused, 1);
-            let limit = self.limits.max_connections;
             tracing::warn!(%peer, limit, "refused a client: the limit of connections is reached");
             return None;
         }
-        open.set(open.get() + 1);
+        let total = &self.stats.connections_open;
+        total.set(total.get() + 1);
+        self.open[door].set(self.open[door].get() + 1);
         Some(Place {
             server: Rc::clone(self),
+            door,
         })
     }
 
@@ -324,7 +331,7 @@ impl<E: Exports> NbdServer<E> {
         let limit = self.limits.handshake_timeout;
         let mut stops = self.stop.watch();
         tokio::select! {
-            reason = stops.closed() => Err(io::Error::other(reason.as_str().to_owned()).into()),
+            reason = stops.closed() => Err(ConnectionError::Stopping(reason)),
             result = timeout(limit, handshake) => match result {
                 Ok(result) => result,
                 Err(_) => Err(ConnectionError::HandshakeTimeout(limit)),
@@ -345,6 +352,7 @@ enum TcpOrTls {
 /// One admitted connection, counted until it is dropped.
 struct Place<E: Exports> {
     server: Rc<NbdServer<E>>,
+    door: usize,
 }
 
 impl<E: Exports> Place<E> {
@@ -352,7 +360,7 @@ impl<E: Exports> Place<E> {
         match result {
             Ok(End::Disconnected) => tracing::info!(%peer, "client disconnected"),
             Ok(End::Gone) => tracing::info!(%peer, "client closed its socket"),
-            Ok(End::Closed(reason)) => {
+            Ok(End::Closed(reason)) | Err(ConnectionError::Stopping(reason)) => {
                 tracing::info!(%peer, reason = reason.as_str(), "session ended");
             }
             Err(error) => {
@@ -365,9 +373,13 @@ impl<E: Exports> Place<E> {
 
 impl<E: Exports> Drop for Place<E> {
     fn drop(&mut self) {
-        let open = &self.server.stats.connections_open;
-        open.set(open.get() - 1);
-        if open.get() == 0 {
+        let (door, total) = (
+            &self.server.open[self.door],
+            &self.server.stats.connections_open,
+        );
+        door.set(door.get() - 1);
+        total.set(total.get() - 1);
+        if total.get() == 0 {
             self.server.last_gone.notify_waiters();
         }
     }

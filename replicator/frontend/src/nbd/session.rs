@@ -10,16 +10,16 @@ use std::task::{Context, Poll};
 
 use crate::close::{CloseReason, CloseWatch};
 use crate::completion::CompletionQueue;
-use crate::error::{IoError, IoErrorKind};
-use crate::volume::{Buffer, Extent, MAX_REQUEST_BYTES, Output, Request, Volume};
+use crate::error::IoError;
+use crate::volume::{Buffer, MAX_REQUEST_BYTES, Output, Request, Volume};
 
+use super::answer::{block_status, defect, shutting_down};
 use super::check::{Negotiated, Plan, plan};
 use super::handshake::Opened;
 use super::outbox::{Body, Outbox};
 use super::settings::{Limits, Stats, add};
 use super::wire::{
-    ALLOCATION_HOLE, ALLOCATION_ZERO, BASE_ALLOCATION_ID, REQUEST_BYTES, ReplyHead, RequestHeader,
-    chunk, command, error_number, error_payload,
+    REQUEST_BYTES, ReplyHead, RequestHeader, chunk, command, error_number, error_payload,
 };
 
 /// The receive buffer: one read takes in a whole burst of small requests (32 writes of 4 KiB are 130 KiB).
@@ -34,8 +34,6 @@ const LARGE_PAYLOAD: u32 = 64 << 10;
 const DIRECT_READ: usize = 16 << 10;
 /// A refused write's payload is read and dropped up to this length; a longer one ends the connection.
 pub const MAX_SKIPPED_PAYLOAD: u32 = 2 * MAX_REQUEST_BYTES;
-/// Extents in one block status answer; clients ask again for the rest.
-const MAX_EXTENTS: usize = 8192;
 
 /// Why a connection cannot go on: after this its bytes have no meaning.
 #[derive(Clone, Debug, PartialEq, Eq, thiserror::Error)]
@@ -269,6 +267,11 @@ impl<V: Volume> Session<V> {
     /// Requests the volume has or waits for.
     pub fn requests_in_flight(&self) -> usize {
         self.slots.len() - self.free.len()
+    }
+
+    /// Answers that wait for the client to take them.
+    pub fn unsent_answers(&self) -> usize {
+        self.outbox.len()
     }
 
     /// Payload bytes of unanswered requests and unsent answers.
@@ -600,38 +603,4 @@ impl<V: Volume> Drop for Session<V> {
         // What still finishes in the volume has nobody to tell.
         self.queue.detach();
     }
-}
-
-fn shutting_down(reason: &CloseReason) -> IoError {
-    IoError::new(IoErrorKind::ShuttingDown, reason.as_str().to_owned())
-}
-
-fn defect(what: &'static str) -> IoError {
-    tracing::error!(what, "the volume broke its contract with the frontend");
-    IoError::new(IoErrorKind::Io, what)
-}
-
-/// The payload of a block status chunk, cut to `length` bytes; `None` if it would be empty.
-fn block_status(length: u32, one: bool, extents: &[Extent]) -> Option<Vec<u8>> {
-    let most = if one { 1 } else { MAX_EXTENTS };
-    let mut payload = Vec::with_capacity(4 + 8 * extents.len().min(most));
-    payload.extend_from_slice(&BASE_ALLOCATION_ID.to_be_bytes());
-    let mut left = length;
-    for extent in extents.iter().filter(|extent| extent.len > 0).take(most) {
-        if left == 0 {
-            break;
-        }
-        let bytes = u32::try_from(extent.len).unwrap_or(u32::MAX).min(left);
-        let mut flags = 0;
-        if extent.hole {
-            flags |= ALLOCATION_HOLE;
-        }
-        if extent.zero {
-            flags |= ALLOCATION_ZERO;
-        }
-        payload.extend_from_slice(&bytes.to_be_bytes());
-        payload.extend_from_slice(&flags.to_be_bytes());
-        left -= bytes;
-    }
-    (payload.len() > 4).then_some(payload)
 }

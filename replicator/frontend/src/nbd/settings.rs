@@ -12,7 +12,8 @@ use crate::volume::MAX_REQUEST_BYTES;
 /// What one server, and each of its connections, may use. Every limit protects the others from one bad client.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Limits {
-    /// Connections at once, those still in their handshake included. 1 or more. A further one is closed at once.
+    /// Connections at once, those still in their handshake included; Unix sockets and TCP are counted apart, so
+    /// that a crowd on the network keeps no local client out. 1 or more. A further one is closed at once.
     pub max_connections: usize,
     /// Requests of one connection that are unanswered or whose answer is not sent yet. 1 to 65,536.
     /// At the limit the socket is no longer read.
