@@ -1,1 +1,68 @@
-fn main() {}
+//! The `holdfast` program: a verb per file, no logic of its own.
+
+mod cli;
+mod completions;
+mod connect;
+mod consent;
+mod demo;
+mod demote;
+mod disconnect;
+mod events;
+mod explain_handshake;
+mod failure;
+mod init;
+mod invalidate;
+mod join;
+mod man;
+mod output;
+mod pause;
+mod progress;
+mod promote;
+mod resume;
+mod resync;
+mod session;
+mod split_brain;
+mod status;
+mod token;
+mod verify;
+
+use clap::Parser as _;
+use cli::{Cli, Verb};
+use failure::Outcome;
+use std::process::ExitCode;
+
+fn main() -> ExitCode {
+    let Cli { place, verb } = Cli::parse();
+    match run(&place, &verb) {
+        Ok(()) => ExitCode::SUCCESS,
+        Err(failure) => {
+            let code = failure.code;
+            eprintln!("{:?}", miette::Report::new(failure));
+            ExitCode::from(code)
+        }
+    }
+}
+
+fn run(place: &cli::Place, verb: &Verb) -> Outcome {
+    match verb {
+        Verb::Init(options) => init::run(place, options),
+        Verb::Token(options) => token::run(place, options),
+        Verb::Join(options) => join::run(place, options),
+        Verb::Status(options) => status::run(place, options),
+        Verb::Events(options) => events::run(place, options),
+        Verb::Promote(options) => promote::run(place, options),
+        Verb::Demote(service) => demote::run(place, service),
+        Verb::Connect(options) => connect::run(place, options),
+        Verb::Disconnect(options) => disconnect::run(place, options),
+        Verb::Pause(options) => pause::run(place, options),
+        Verb::Resume(options) => resume::run(place, options),
+        Verb::Verify(options) => verify::run(place, options),
+        Verb::Resync(options) => resync::run(place, options),
+        Verb::Invalidate(options) => invalidate::run(place, options),
+        Verb::SplitBrain(verb) => split_brain::run(place, verb),
+        Verb::ExplainHandshake(options) => explain_handshake::run(place, options),
+        Verb::Demo(options) => demo::run(options),
+        Verb::Completions(options) => completions::run(options),
+        Verb::Man(options) => man::run(options),
+    }
+}

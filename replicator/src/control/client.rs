@@ -75,10 +75,13 @@ impl Client {
     /// Nobody listens, this user may not, or the versions have nothing in common.
     pub fn connect(path: &Path) -> Result<Self, ClientError> {
         let stream = UnixStream::connect(path).map_err(|source| match source.kind() {
-            io::ErrorKind::PermissionDenied => {
-                ClientError::NotPermitted { path: path.to_path_buf() }
-            }
-            _ => ClientError::NotRunning { path: path.to_path_buf(), source },
+            io::ErrorKind::PermissionDenied => ClientError::NotPermitted {
+                path: path.to_path_buf(),
+            },
+            _ => ClientError::NotRunning {
+                path: path.to_path_buf(),
+                source,
+            },
         })?;
         let mut client = Client {
             reader: BufReader::new(stream),
@@ -90,7 +93,12 @@ impl Client {
             .reader
             .get_ref()
             .set_read_timeout(Some(ANSWER_TIMEOUT))
-            .and_then(|()| client.reader.get_ref().set_write_timeout(Some(ANSWER_TIMEOUT)))
+            .and_then(|()| {
+                client
+                    .reader
+                    .get_ref()
+                    .set_write_timeout(Some(ANSWER_TIMEOUT))
+            })
             .map_err(|source| client.broken(source))?;
         let hello = Hello {
             version_min: VERSION_MIN,
@@ -107,7 +115,10 @@ impl Client {
         match serde_json::from_slice::<Hello>(&line) {
             Ok(hello) => client.node = hello.node,
             Err(error) => match serde_json::from_slice::<AnswerLine>(&line) {
-                Ok(AnswerLine { answer: Answer::Failed(fault), .. }) => return Err(fault.into()),
+                Ok(AnswerLine {
+                    answer: Answer::Failed(fault),
+                    ..
+                }) => return Err(fault.into()),
                 _ => return Err(client.strange(error.to_string())),
             },
         }
@@ -120,11 +131,17 @@ impl Client {
     }
 
     fn broken(&self, source: io::Error) -> ClientError {
-        ClientError::Io { path: self.path.clone(), source }
+        ClientError::Io {
+            path: self.path.clone(),
+            source,
+        }
     }
 
     fn strange(&self, detail: impl Into<String>) -> ClientError {
-        ClientError::Protocol { path: self.path.clone(), detail: detail.into() }
+        ClientError::Protocol {
+            path: self.path.clone(),
+            detail: detail.into(),
+        }
     }
 
     fn send_line<T: serde::Serialize>(&mut self, value: &T) -> Result<(), ClientError> {
@@ -241,7 +258,10 @@ impl Client {
         service: &str,
         command: ServiceCommand,
     ) -> Result<String, ClientError> {
-        self.sentence(Request::Command { service: service.to_string(), command })
+        self.sentence(Request::Command {
+            service: service.to_string(),
+            command,
+        })
     }
 
     /// What the last handshake with a peer decided, and from which facts.

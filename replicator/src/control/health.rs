@@ -20,10 +20,16 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
         ),
         StateName::Outdated | StateName::Consistent => say(
             Severity::Degraded,
-            format!("this node's copy is {}: a real past point, but behind", service.state),
+            format!(
+                "this node's copy is {}: a real past point, but behind",
+                service.state
+            ),
         ),
         StateName::Blank => {
-            say(Severity::Degraded, "this node's copy holds no data yet".into());
+            say(
+                Severity::Degraded,
+                "this node's copy holds no data yet".into(),
+            );
         }
     }
     if service.parked {
@@ -41,14 +47,18 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
         );
     }
     if service.role == RoleName::Detached {
-        say(Severity::Critical, "the service is detached on this node and does nothing".into());
+        say(
+            Severity::Critical,
+            "the service is detached on this node and does nothing".into(),
+        );
     }
     let other_primary =
         service.role == RoleName::Primary && service.peers.iter().any(|peer| peer.is_primary);
     if other_primary {
         say(
             Severity::Critical,
-            "the peer claims to be primary as well; `holdfast split-brain show` has the facts".into(),
+            "the peer claims to be primary as well; `holdfast split-brain show` has the facts"
+                .into(),
         );
     }
     for peer in &service.peers {
@@ -65,7 +75,11 @@ fn peer_problems(
 ) {
     let name = &peer.name;
     let why = |text: &str| {
-        if text.is_empty() { String::new() } else { format!(" ({text})") }
+        if text.is_empty() {
+            String::new()
+        } else {
+            format!(" ({text})")
+        }
     };
     match peer.link {
         LinkName::Off => say(
@@ -76,12 +90,18 @@ fn peer_problems(
             ),
         ),
         LinkName::Connecting => {
-            say(Severity::Degraded, format!("{name} is unreachable{}", why(&peer.last_error)));
+            say(
+                Severity::Degraded,
+                format!("{name} is unreachable{}", why(&peer.last_error)),
+            );
         }
         LinkName::Handshake => {
             say(
                 Severity::Degraded,
-                format!("no replication with {name} yet: handshake{}", why(&peer.handshake)),
+                format!(
+                    "no replication with {name} yet: handshake{}",
+                    why(&peer.handshake)
+                ),
             );
         }
         LinkName::Resync | LinkName::Established => {}
@@ -89,7 +109,10 @@ fn peer_problems(
     if let Some(resync) = &peer.resync {
         let direction = if resync.is_source { "to" } else { "from" };
         let held = if resync.paused { ", paused" } else { "" };
-        say(Severity::Degraded, format!("resync {direction} {name} is not finished{held}"));
+        say(
+            Severity::Degraded,
+            format!("resync {direction} {name} is not finished{held}"),
+        );
         if !resync.is_source && !resync.undo_intact && service.state == StateName::Inconsistent {
             say(
                 Severity::Degraded,
@@ -105,7 +128,10 @@ fn peer_problems(
     {
         say(
             Severity::Critical,
-            format!("verify found {} bytes that differ from {name}", verify.different_bytes),
+            format!(
+                "verify found {} bytes that differ from {name}",
+                verify.different_bytes
+            ),
         );
     }
     let synced = matches!(peer.link, LinkName::Established) && peer.resync.is_none();
@@ -140,7 +166,12 @@ mod tests {
         let found = problems(&service);
         assert_eq!(found[0].severity, Severity::Critical);
         assert!(found[0].text.contains("waits"), "{found:?}");
-        assert!(found.iter().any(|p| p.text == "beta is unreachable (timed out)"), "{found:?}");
+        assert!(
+            found
+                .iter()
+                .any(|p| p.text == "beta is unreachable (timed out)"),
+            "{found:?}"
+        );
     }
 
     #[test]
@@ -149,6 +180,9 @@ mod tests {
         service.in_sync = vec![0];
         service.peers[0].dirty_bytes = 4096;
         let found = problems(&service);
-        assert!(found.iter().any(|p| p.text.contains("in-sync set")), "{found:?}");
+        assert!(
+            found.iter().any(|p| p.text.contains("in-sync set")),
+            "{found:?}"
+        );
     }
 }

@@ -5,14 +5,28 @@
 //! programs.
 
 pub mod client;
+pub mod follow;
 mod health;
+pub mod membership;
 pub mod node;
 pub mod protocol;
 pub mod render;
 mod report;
 pub mod server;
+#[cfg(test)]
+mod tests;
 
-/// Name of the socket in a node's state directory.
-pub const SOCKET_NAME: &str = "control.sock";
-/// Environment variable that names the socket.
-pub const SOCKET_VARIABLE: &str = "HOLDFAST_SOCKET";
+use std::path::{Path, PathBuf};
+
+/// Where the control socket is: named, or as that configuration (or the default one) says, or the default place.
+/// A configuration that cannot be read is no obstacle here: connecting then tells what is missing.
+pub fn find_socket(named: Option<&Path>, config: Option<&Path>) -> PathBuf {
+    if let Some(path) = named {
+        return path.to_path_buf();
+    }
+    let file = config.unwrap_or(Path::new(crate::config::DEFAULT_PATH));
+    match crate::config::Config::load(file) {
+        Ok(config) => config.node.control_socket,
+        Err(_) => PathBuf::from(crate::config::DEFAULT_CONTROL_SOCKET),
+    }
+}

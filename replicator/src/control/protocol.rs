@@ -74,24 +74,43 @@ pub enum Request {
 #[serde(rename_all = "kebab-case", rename_all_fields = "snake_case")]
 pub enum ServiceCommand {
     /// Make this copy primary. `force` makes a new generation even where acknowledged writes may be lost.
-    Promote { force: bool },
+    Promote {
+        force: bool,
+    },
     Demote,
     /// Allow the link to that peer, or to all.
-    Connect { peer: Option<String> },
-    Disconnect { peer: Option<String> },
+    Connect {
+        peer: Option<String>,
+    },
+    Disconnect {
+        peer: Option<String>,
+    },
     PauseResync,
     ResumeResync,
     SuspendIo,
     ResumeIo,
-    Verify { volume: Option<String> },
+    Verify {
+        volume: Option<String>,
+    },
     StopVerify,
     /// This copy's data is worthless: take a full copy from the peer.
     Invalidate,
-    ResolveSplitBrain { discard_mine: bool },
-    SetMode { peer: String, mode: ReplicationMode },
-    SetOnPeerLoss { policy: PeerLossPolicy, force: bool },
+    ResolveSplitBrain {
+        discard_mine: bool,
+    },
+    SetMode {
+        peer: String,
+        mode: ReplicationMode,
+    },
+    SetOnPeerLoss {
+        policy: PeerLossPolicy,
+        force: bool,
+    },
     /// Bytes the application sees from now on.
-    Grow { volume: String, size: u64 },
+    Grow {
+        volume: String,
+        size: u64,
+    },
     /// Changes nothing; says what a force, or discarding this copy's writes, would lose.
     WhatWouldForceLose,
     /// Stop the service on this node cleanly.
@@ -113,9 +132,13 @@ pub enum Answer {
     Status(NodeStatus),
     Event(EventReport),
     /// So many events were dropped here since the client read too slowly; the log file has them.
-    Missed { count: u64 },
+    Missed {
+        count: u64,
+    },
     /// Carried out; a sentence for people.
-    Done { text: String },
+    Done {
+        text: String,
+    },
     /// A stream is over.
     End,
     Failed(Fault),
@@ -144,7 +167,12 @@ impl Fault {
         kept: impl Into<String>,
         next: impl Into<String>,
     ) -> Self {
-        Fault { code, what: what.into(), kept: kept.into(), next: next.into() }
+        Fault {
+            code,
+            what: what.into(),
+            kept: kept.into(),
+            next: next.into(),
+        }
     }
 }
 

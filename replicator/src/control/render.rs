@@ -15,11 +15,17 @@ impl Style {
         use std::io::IsTerminal as _;
         let refused = std::env::var_os("NO_COLOR").is_some_and(|value| !value.is_empty())
             || std::env::var_os("TERM").is_some_and(|value| value == "dumb");
-        Style { colour: !refused && std::io::stdout().is_terminal() }
+        Style {
+            colour: !refused && std::io::stdout().is_terminal(),
+        }
     }
 
     fn paint(self, code: &str, text: &str) -> String {
-        if self.colour { format!("\x1b[{code}m{text}\x1b[0m") } else { text.to_string() }
+        if self.colour {
+            format!("\x1b[{code}m{text}\x1b[0m")
+        } else {
+            text.to_string()
+        }
     }
     fn good(self, text: &str) -> String {
         self.paint("32", text)
@@ -88,7 +94,11 @@ pub fn status(node: &NodeStatus, style: Style) -> String {
 }
 
 fn service_screen(out: &mut String, node: &NodeStatus, service: &ServiceReport, style: Style) {
-    let worst = service.problems.iter().map(|problem| problem.severity).max();
+    let worst = service
+        .problems
+        .iter()
+        .map(|problem| problem.severity)
+        .max();
     let health = match worst {
         None => style.good("healthy"),
         Some(Severity::Degraded) => style.warn("DEGRADED"),
@@ -104,9 +114,16 @@ fn service_screen(out: &mut String, node: &NodeStatus, service: &ServiceReport, 
     }
     let _ = writeln!(out, "  role        {}", service.role);
     let _ = writeln!(out, "  writes      {}", writer(node, service));
-    let names: Vec<String> =
-        service.in_sync.iter().map(|slot| slot_name(node, service, *slot)).collect();
-    let mut in_sync = if names.is_empty() { "none".to_string() } else { names.join(", ") };
+    let names: Vec<String> = service
+        .in_sync
+        .iter()
+        .map(|slot| slot_name(node, service, *slot))
+        .collect();
+    let mut in_sync = if names.is_empty() {
+        "none".to_string()
+    } else {
+        names.join(", ")
+    };
     let pending: Vec<String> = service
         .in_sync_pending
         .iter()
@@ -124,9 +141,18 @@ fn service_screen(out: &mut String, node: &NodeStatus, service: &ServiceReport, 
         } else {
             String::new()
         };
-        let _ = writeln!(out, "  volume      {}   {}{offered}", volume.name, bytes(volume.size));
+        let _ = writeln!(
+            out,
+            "  volume      {}   {}{offered}",
+            volume.name,
+            bytes(volume.size)
+        );
     }
-    let _ = writeln!(out, "  {:<12}{:<14}{:<13}{:<11}lag", "copy", "state", "link", "mode");
+    let _ = writeln!(
+        out,
+        "  {:<12}{:<14}{:<13}{:<11}lag",
+        "copy", "state", "link", "mode"
+    );
     let _ = writeln!(
         out,
         "  {:<12}{}{:<13}{:<11}-",
@@ -201,7 +227,10 @@ fn writer(node: &NodeStatus, service: &ServiceReport) -> String {
             format!("{} may write (epoch {epoch}), but I/O is parked", node.node)
         }
         (RoleName::Primary, _) if service.suspended => {
-            format!("{} may write (epoch {epoch}), but I/O is held on request", node.node)
+            format!(
+                "{} may write (epoch {epoch}), but I/O is held on request",
+                node.node
+            )
         }
         (RoleName::Primary, _) => format!("{} may write (epoch {epoch})", node.node),
         (RoleName::Promoting, _) => format!("nobody yet: {} is being promoted", node.node),
@@ -213,7 +242,11 @@ fn writer(node: &NodeStatus, service: &ServiceReport) -> String {
                     peer.link,
                     LinkName::Handshake | LinkName::Resync | LinkName::Established
                 );
-                let certainty = if connected { "may write" } else { "could write when last seen" };
+                let certainty = if connected {
+                    "may write"
+                } else {
+                    "could write when last seen"
+                };
                 format!("{} {certainty} (epoch {epoch})", peer.name)
             } else {
                 let owner = service.epoch.owner_node.clone().unwrap_or_else(|| {
@@ -252,8 +285,15 @@ fn lag(peer: &PeerReport) -> String {
 
 /// `to go 1.2 GiB of 4.0 GiB (70 %), 210.0 MiB/s, about 6 s left`.
 pub fn resync_line(resync: &ResyncReport) -> String {
-    let done = percent(resync.total_bytes.saturating_sub(resync.left_bytes), resync.total_bytes);
-    let direction = if resync.is_source { "sending" } else { "receiving" };
+    let done = percent(
+        resync.total_bytes.saturating_sub(resync.left_bytes),
+        resync.total_bytes,
+    );
+    let direction = if resync.is_source {
+        "sending"
+    } else {
+        "receiving"
+    };
     let pace = if resync.paused {
         "paused; `holdfast resume` lets it go on".to_string()
     } else {
@@ -284,13 +324,20 @@ pub fn verify_line(verify: &VerifyReport) -> String {
             bytes(verify.total_bytes)
         )
     } else {
-        format!("finished: {} compared, {different}", bytes(verify.done_bytes))
+        format!(
+            "finished: {} compared, {different}",
+            bytes(verify.done_bytes)
+        )
     }
 }
 
 /// Never 100 before all is done.
 fn percent(done: u64, total: u64) -> u64 {
-    if total == 0 { 100 } else { (u128::from(done.min(total)) * 100 / u128::from(total)) as u64 }
+    if total == 0 {
+        100
+    } else {
+        (u128::from(done.min(total)) * 100 / u128::from(total)) as u64
+    }
 }
 
 /// One line of the event log.
@@ -306,7 +353,12 @@ pub fn event(event: &EventReport, style: Style) -> String {
         (service, Some(peer)) => format!("{service}/{peer} "),
         (service, None) => format!("{service} "),
     };
-    format!("{} {level} {about}{}: {}", timestamp(event.time_ms), event.kind, event.text)
+    format!(
+        "{} {level} {about}{}: {}",
+        timestamp(event.time_ms),
+        event.kind,
+        event.text
+    )
 }
 
 /// UTC in the form of RFC 3339, with milliseconds.
@@ -321,7 +373,11 @@ pub fn timestamp(ms: u64) -> String {
     let day_of_year = day_of_era - (365 * year_of_era + year_of_era / 4 - year_of_era / 100);
     let month_index = (5 * day_of_year + 2) / 153;
     let day = day_of_year - (153 * month_index + 2) / 5 + 1;
-    let month = if month_index < 10 { month_index + 3 } else { month_index - 9 };
+    let month = if month_index < 10 {
+        month_index + 3
+    } else {
+        month_index - 9
+    };
     let year = year_of_era + era * 400 + u64::from(month <= 2);
     format!(
         "{year:04}-{month:02}-{day:02}T{:02}:{:02}:{:02}.{:03}Z",
@@ -350,7 +406,11 @@ pub(crate) mod tests {
                 service: "1".repeat(32),
                 slot: 0,
                 role: RoleName::Primary,
-                epoch: EpochReport { number: 3, owner: Some(0), owner_node: Some("alpha".into()) },
+                epoch: EpochReport {
+                    number: 3,
+                    owner: Some(0),
+                    owner_node: Some("alpha".into()),
+                },
                 state: StateName::UpToDate,
                 generations: vec![],
                 position: 7,

@@ -324,7 +324,11 @@ impl ServiceReport {
                     nbd_uris: nbd_uris(&volume.name),
                 })
                 .collect(),
-            peers: status.peers.iter().map(|peer| peer_report(peer, node_name)).collect(),
+            peers: status
+                .peers
+                .iter()
+                .map(|peer| peer_report(peer, node_name))
+                .collect(),
             hot_extents: status.hot_extents as u64,
             counters: (&status.counters).into(),
             problems: Vec::new(),
@@ -349,7 +353,10 @@ impl ServiceReport {
     }
 }
 
-fn peer_report(peer: &status::PeerStatus, node_name: &dyn Fn(Slot) -> Option<String>) -> PeerReport {
+fn peer_report(
+    peer: &status::PeerStatus,
+    node_name: &dyn Fn(Slot) -> Option<String>,
+) -> PeerReport {
     PeerReport {
         slot: peer.slot.0,
         name: node_name(peer.slot).unwrap_or_else(|| format!("slot-{}", peer.slot.0)),

@@ -69,7 +69,10 @@ impl Server {
     /// The path is in use, is no socket, is too long for a Unix socket (107 bytes), or the directory is not
     /// writable.
     pub fn open(path: &Path) -> Result<Self, ListenError> {
-        let fail = |source: io::Error| ListenError::Io { path: path.to_path_buf(), source };
+        let fail = |source: io::Error| ListenError::Io {
+            path: path.to_path_buf(),
+            source,
+        };
         let mut lock_path = path.as_os_str().to_owned();
         lock_path.push(".lock");
         let lock = rustix::fs::open(
@@ -81,7 +84,9 @@ impl Server {
         match rustix::fs::flock(&lock, FlockOperation::NonBlockingLockExclusive) {
             Ok(()) => {}
             Err(rustix::io::Errno::WOULDBLOCK) => {
-                return Err(ListenError::InUse { path: path.to_path_buf() });
+                return Err(ListenError::InUse {
+                    path: path.to_path_buf(),
+                });
             }
             Err(errno) => return Err(fail(errno.into())),
         }
@@ -89,7 +94,9 @@ impl Server {
             Ok(found) => {
                 use std::os::unix::fs::FileTypeExt as _;
                 if !found.file_type().is_socket() {
-                    return Err(ListenError::NotASocket { path: path.to_path_buf() });
+                    return Err(ListenError::NotASocket {
+                        path: path.to_path_buf(),
+                    });
                 }
                 std::fs::remove_file(path).map_err(fail)?;
             }
@@ -98,7 +105,11 @@ impl Server {
         }
         let socket = bind_private(path).map_err(fail)?;
         let listener = UnixListener::from_std(socket.into()).map_err(fail)?;
-        Ok(Server { listener, path: path.to_path_buf(), _lock: lock })
+        Ok(Server {
+            listener,
+            path: path.to_path_buf(),
+            _lock: lock,
+        })
     }
 
     /// Where the socket is.
@@ -201,7 +212,10 @@ async fn read_line<R: AsyncRead + Unpin>(
             return if line.is_empty() {
                 Ok(None)
             } else {
-                Err(io::Error::new(io::ErrorKind::UnexpectedEof, "the stream ended inside a line"))
+                Err(io::Error::new(
+                    io::ErrorKind::UnexpectedEof,
+                    "the stream ended inside a line",
+                ))
             };
         }
         let (piece, end) = match available.iter().position(|byte| *byte == b'\n') {
@@ -210,7 +224,10 @@ async fn read_line<R: AsyncRead + Unpin>(
         };
         let taken = piece.len() + usize::from(end);
         if line.len() + piece.len() > limit {
-            return Err(io::Error::new(io::ErrorKind::InvalidData, "the line is too long"));
+            return Err(io::Error::new(
+                io::ErrorKind::InvalidData,
+                "the line is too long",
+            ));
         }
         line.extend_from_slice(piece);
         reader.consume(taken);
@@ -280,7 +297,10 @@ async fn converse<N: Node>(
     let version = match version {
         Ok(version) => version,
         Err(fault) => {
-            let line = encode(&AnswerLine { id: 0, answer: Answer::Failed(fault) })?;
+            let line = encode(&AnswerLine {
+                id: 0,
+                answer: Answer::Failed(fault),
+            })?;
             return write_half.write_all(&line).await;
         }
     };
@@ -451,7 +471,11 @@ async fn resolve<N: Node>(
         Fault::new(FaultCode::Unknown, what, "Nothing was changed", next)
     };
     let Some(service) = status.services.iter().find(|report| report.name == service) else {
-        let known: Vec<&str> = status.services.iter().map(|report| report.name.as_str()).collect();
+        let known: Vec<&str> = status
+            .services
+            .iter()
+            .map(|report| report.name.as_str())
+            .collect();
         return Err(unknown(
             format!("node {} has no service {service:?}", status.node),
             if known.is_empty() {
@@ -464,7 +488,11 @@ async fn resolve<N: Node>(
     let slot = |name: &str| match service.peer(name) {
         Some(peer) => Ok(Slot(peer.slot)),
         None => {
-            let known: Vec<&str> = service.peers.iter().map(|peer| peer.name.as_str()).collect();
+            let known: Vec<&str> = service
+                .peers
+                .iter()
+                .map(|peer| peer.name.as_str())
+                .collect();
             Err(unknown(
                 format!("service {} has no peer {name:?}", service.name),
                 format!("Its peers: {}", known.join(", ")),
@@ -474,8 +502,11 @@ async fn resolve<N: Node>(
     let index = |name: &str| match service.volume(name) {
         Some(volume) => Ok(VolumeIndex(volume.index)),
         None => {
-            let known: Vec<&str> =
-                service.volumes.iter().map(|volume| volume.name.as_str()).collect();
+            let known: Vec<&str> = service
+                .volumes
+                .iter()
+                .map(|volume| volume.name.as_str())
+                .collect();
             Err(unknown(
                 format!("service {} has no volume {name:?}", service.name),
                 format!("Its volumes: {}", known.join(", ")),
@@ -486,27 +517,36 @@ async fn resolve<N: Node>(
     Ok(match command {
         ServiceCommand::Promote { force } => Command::Promote { force },
         ServiceCommand::Demote => Command::Demote,
-        ServiceCommand::Connect { peer } => Command::Connect { peer: optional_slot(peer)? },
-        ServiceCommand::Disconnect { peer } => Command::Disconnect { peer: optional_slot(peer)? },
+        ServiceCommand::Connect { peer } => Command::Connect {
+            peer: optional_slot(peer)?,
+        },
+        ServiceCommand::Disconnect { peer } => Command::Disconnect {
+            peer: optional_slot(peer)?,
+        },
         ServiceCommand::PauseResync => Command::PauseResync,
         ServiceCommand::ResumeResync => Command::ResumeResync,
         ServiceCommand::SuspendIo => Command::SuspendIo,
         ServiceCommand::ResumeIo => Command::ResumeIo,
-        ServiceCommand::Verify { volume } => {
-            Command::Verify { volume: volume.as_deref().map(index).transpose()? }
-        }
+        ServiceCommand::Verify { volume } => Command::Verify {
+            volume: volume.as_deref().map(index).transpose()?,
+        },
         ServiceCommand::StopVerify => Command::StopVerify,
         ServiceCommand::Invalidate => Command::Invalidate,
         ServiceCommand::ResolveSplitBrain { discard_mine } => {
             Command::ResolveSplitBrain { discard_mine }
         }
-        ServiceCommand::SetMode { peer, mode } => {
-            Command::SetMode { peer: slot(&peer)?, mode: mode.into() }
-        }
-        ServiceCommand::SetOnPeerLoss { policy, force } => {
-            Command::SetOnPeerLoss { policy: policy.into(), force }
-        }
-        ServiceCommand::Grow { volume, size } => Command::Grow { volume: index(&volume)?, size },
+        ServiceCommand::SetMode { peer, mode } => Command::SetMode {
+            peer: slot(&peer)?,
+            mode: mode.into(),
+        },
+        ServiceCommand::SetOnPeerLoss { policy, force } => Command::SetOnPeerLoss {
+            policy: policy.into(),
+            force,
+        },
+        ServiceCommand::Grow { volume, size } => Command::Grow {
+            volume: index(&volume)?,
+            size,
+        },
         ServiceCommand::WhatWouldForceLose => Command::WhatWouldForceLose,
         ServiceCommand::Detach => Command::Detach,
     })

@@ -1,0 +1,350 @@
+//! Every verb and option; help, completions and man pages all come from here.
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+use std::path::PathBuf;
+
+/// Block-level replication and high availability for machines that share no storage.
+#[derive(Parser)]
+#[command(
+    name = "holdfast",
+    version,
+    max_term_width = 100,
+    arg_required_else_help = true,
+    after_help = "Exit codes: 0 done, 1 refused or failed, 2 wrong usage, 3 a confirmation is missing, \
+                  4 no replicator answers, 5 checked and found bad."
+)]
+pub struct Cli {
+    #[command(flatten)]
+    pub place: Place,
+    #[command(subcommand)]
+    pub verb: Verb,
+}
+
+/// Which node a command speaks to.
+#[derive(Args)]
+pub struct Place {
+    /// Control socket of the running replicator [default: what the configuration says]
+    #[arg(long, global = true, env = "HOLDFAST_SOCKET", value_name = "PATH")]
+    pub socket: Option<PathBuf>,
+    /// Configuration file [default: /etc/holdfast/holdfast.toml]
+    #[arg(long, global = true, env = "HOLDFAST_CONFIG", value_name = "FILE")]
+    pub config: Option<PathBuf>,
+}
+
+#[derive(Subcommand)]
+pub enum Verb {
+    /// Give this node an identity
+    Init(Init),
+    /// Print a token with which another node can join this one, and wait for it
+    Token(Token),
+    /// Join the node that printed the token, so that the two trust each other
+    Join(Join),
+    /// Run the replicator
+    Replicator,
+    /// Show services, copies, links, lag and resync
+    Status(Status),
+    /// Show the event log: every decision, and why
+    Events(Events),
+    /// Create and change volumes
+    #[command(subcommand)]
+    Volume(Volume),
+    /// Make this node's copy the primary: the one that accepts writes
+    Promote(Promote),
+    /// Stop accepting writes on this node
+    Demote(Service),
+    /// Allow the link to a peer, or to all of them
+    Connect(Peer),
+    /// Cut the link to a peer, or to all of them
+    Disconnect(Peer),
+    /// Hold back resync and verify (mirroring goes on), or with --io the application's requests
+    Pause(Hold),
+    /// Let go on what `pause` held back
+    Resume(Hold),
+    /// Compare the copies block by block, while in use
+    Verify(Verify),
+    /// Show a running resync, with rate and time left
+    Resync(Resync),
+    /// Declare this node's copy worthless and take a full copy from the peer
+    Invalidate(Discard),
+    /// Show or resolve a split brain: two copies with writes that the other lacks
+    #[command(subcommand)]
+    SplitBrain(SplitBrain),
+    /// Say what the last handshake with a peer decided, and from which facts
+    ExplainHandshake(ExplainHandshake),
+    /// Print what the metadata of this node's copies say, from the disk itself
+    DumpMetadata(DumpMetadata),
+    /// Show replication, a crash and a failover on this machine, and check every claim
+    Demo(Demo),
+    /// Print a completion script
+    Completions(Completions),
+    /// Print the manual page, or write one for every verb
+    Man(Man),
+}
+
+#[derive(Args)]
+pub struct StateDir {
+    /// State directory of this node [default: what the configuration says, or /var/lib/holdfast]
+    #[arg(long, value_name = "DIR")]
+    pub state_dir: Option<PathBuf>,
+}
+
+#[derive(Args)]
+pub struct Init {
+    /// Name of this node, known to its peers [default: the configuration's, or the host name]
+    #[arg(long)]
+    pub name: Option<String>,
+    #[command(flatten)]
+    pub state: StateDir,
+}
+
+#[derive(Args)]
+pub struct LinkAddress {
+    /// Address of this node's link, for the other node to remember; may be repeated
+    /// [default: the addresses the configuration listens on]
+    #[arg(long, value_name = "IP:PORT")]
+    pub link_address: Vec<std::net::SocketAddr>,
+}
+
+#[derive(Args)]
+pub struct Token {
+    /// Where to wait for the joining node (UDP)
+    #[arg(long, value_name = "IP:PORT", default_value = "0.0.0.0:7742")]
+    pub listen: std::net::SocketAddr,
+    /// Address at which the joining node finds this one; may be repeated
+    /// [default: the address of --listen, or those of the link]
+    #[arg(long, value_name = "IP:PORT")]
+    pub address: Vec<std::net::SocketAddr>,
+    /// Minutes until the token expires
+    #[arg(long, value_name = "MINUTES", default_value_t = 15, value_parser = clap::value_parser!(u64).range(1..=1440))]
+    pub valid: u64,
+    #[command(flatten)]
+    pub link: LinkAddress,
+    #[command(flatten)]
+    pub state: StateDir,
+}
+
+#[derive(Args)]
+pub struct Join {
+    /// The token; read from standard input when left out, which keeps it out of process lists
+    pub token: Option<String>,
+    #[command(flatten)]
+    pub link: LinkAddress,
+    #[command(flatten)]
+    pub state: StateDir,
+}
+
+#[derive(Args)]
+pub struct Service {
+    /// Name of the service; may be left out where the node has only one
+    pub service: Option<String>,
+}
+
+#[derive(Args)]
+pub struct Peer {
+    #[command(flatten)]
+    pub service: Service,
+    /// Only the link to this node
+    #[arg(long)]
+    pub peer: Option<String>,
+}
+
+#[derive(Args)]
+pub struct Status {
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+    /// Show it anew every second until interrupted; with --json one object per line
+    #[arg(long)]
+    pub watch: bool,
+    /// Milliseconds between two screens
+    #[arg(long, value_name = "MS", default_value_t = 1000, requires = "watch", value_parser = clap::value_parser!(u32).range(100..=60_000))]
+    pub interval: u32,
+    /// Exit with 5 unless every service is healthy
+    #[arg(long, conflicts_with = "watch")]
+    pub check: bool,
+}
+
+#[derive(Args)]
+pub struct Events {
+    /// Go on with new events until interrupted
+    #[arg(long, short)]
+    pub follow: bool,
+    /// One JSON object per line
+    #[arg(long)]
+    pub json: bool,
+    /// Only the last so many
+    #[arg(long, short = 'n', value_name = "COUNT")]
+    pub last: Option<u32>,
+}
+
+#[derive(Subcommand)]
+pub enum Volume {
+    /// Create this node's copy of a service's volumes, as the configuration describes them
+    Create(VolumeCreate),
+    /// Take over a disk with data on it as this node's copy
+    Adopt(VolumeAdopt),
+    /// List volumes
+    List {
+        /// One JSON array
+        #[arg(long)]
+        json: bool,
+    },
+    /// Give a volume more room, on all copies, while in use
+    Grow {
+        #[command(flatten)]
+        volume: VolumeName,
+        /// Bytes, or with a unit as in 20GiB; the backing devices must be this large already
+        size: String,
+    },
+    /// Start this node's copy anew on an empty disk, to be filled from the peer
+    ReplaceDisk(VolumeDiscard),
+    /// Take the metadata off this node's copy; its data stays where it is
+    Remove(VolumeDiscard),
+}
+
+#[derive(Args)]
+pub struct VolumeName {
+    pub service: String,
+    pub volume: String,
+}
+
+#[derive(Args)]
+pub struct VolumeCreate {
+    pub service: String,
+    /// Write zeroes to every block, so that copies created this way need no initial copy
+    #[arg(long)]
+    pub zeroed: bool,
+    /// Go on although the disks seem to hold data
+    #[arg(long)]
+    pub yes: bool,
+}
+
+#[derive(Args)]
+pub struct VolumeAdopt {
+    pub service: String,
+}
+
+#[derive(Args)]
+pub struct VolumeDiscard {
+    pub service: String,
+    /// Do it without asking
+    #[arg(long)]
+    pub yes: bool,
+}
+
+#[derive(Args)]
+pub struct Promote {
+    #[command(flatten)]
+    pub service: Service,
+    /// Promote even where acknowledged writes may be lost; shows first what would be
+    #[arg(long)]
+    pub force: bool,
+    /// Do not ask before a force
+    #[arg(long, requires = "force")]
+    pub yes: bool,
+}
+
+#[derive(Args)]
+pub struct Discard {
+    #[command(flatten)]
+    pub service: Service,
+    /// Do it without asking
+    #[arg(long)]
+    pub yes: bool,
+}
+
+#[derive(Args)]
+pub struct Hold {
+    #[command(flatten)]
+    pub service: Service,
+    /// The application's requests instead of resync and verify
+    #[arg(long)]
+    pub io: bool,
+}
+
+#[derive(Args)]
+pub struct Verify {
+    #[command(flatten)]
+    pub service: Service,
+    /// Only this volume
+    #[arg(long)]
+    pub volume: Option<String>,
+    /// Stay until it is finished; exit code 5 if the copies differ
+    #[arg(long, conflicts_with = "stop")]
+    pub wait: bool,
+    /// End the one that runs
+    #[arg(long)]
+    pub stop: bool,
+}
+
+#[derive(Args)]
+pub struct Resync {
+    #[command(flatten)]
+    pub service: Service,
+    /// Stay until every copy has everything
+    #[arg(long)]
+    pub wait: bool,
+}
+
+#[derive(Subcommand)]
+pub enum SplitBrain {
+    /// What each side has that the other lacks
+    Show(Service),
+    /// Give up this node's writes since the two parted, and take the peer's
+    Resolve {
+        #[command(flatten)]
+        service: Service,
+        /// Whose writes survive; to keep this node's, run the same on the other node with `theirs`
+        #[arg(long, value_enum)]
+        keep: Keep,
+        /// Do it without asking
+        #[arg(long)]
+        yes: bool,
+    },
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]
+pub enum Keep {
+    /// The peer's; this node's are discarded
+    Theirs,
+    /// This node's; the peer still has to agree to discard its own
+    Mine,
+}
+
+#[derive(Args)]
+pub struct ExplainHandshake {
+    pub service: String,
+    /// Name of the peer's node
+    pub peer: String,
+}
+
+#[derive(Args)]
+pub struct DumpMetadata {
+    /// Only this service
+    pub service: Option<String>,
+    /// One JSON object
+    #[arg(long)]
+    pub json: bool,
+}
+
+#[derive(Args)]
+pub struct Demo {
+    /// One JSON object as the last line; the story goes to standard error
+    #[arg(long)]
+    pub json: bool,
+    /// Leave the two nodes running and say how to look at them
+    #[arg(long)]
+    pub keep: bool,
+}
+
+#[derive(Args)]
+pub struct Completions {
+    pub shell: clap_complete::Shell,
+}
+
+#[derive(Args)]
+pub struct Man {
+    /// Write one page per verb into this directory
+    #[arg(long, value_name = "DIR")]
+    pub directory: Option<PathBuf>,
+}

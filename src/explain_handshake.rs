@@ -1,0 +1,9 @@
+//! `holdfast explain-handshake`
+
+use crate::cli::{ExplainHandshake, Place};
+use crate::failure::Outcome;
+
+pub fn run(place: &Place, options: &ExplainHandshake) -> Outcome {
+    println!("{}", place.connect()?.explain_handshake(&options.service, &options.peer)?);
+    Ok(())
+}

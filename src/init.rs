@@ -1,0 +1,19 @@
+//! `holdfast init`
+
+use crate::cli::{Init, Place};
+use crate::failure::{Failure, Outcome};
+use holdfast_replicator::control::membership::{Own, init};
+
+pub fn run(place: &Place, options: &Init) -> Outcome {
+    let own = Own::find(place.config.as_deref(), options.state.state_dir.as_deref(), &[]);
+    let identity =
+        init(&own, options.name.as_deref()).map_err(|error| Failure::from_error(&error))?;
+    println!(
+        "node {} has an identity now, in {}\nid           {}\nfingerprint  {}",
+        identity.name(),
+        identity.dir().display(),
+        identity.id(),
+        identity.fingerprint()
+    );
+    Ok(())
+}

@@ -1,0 +1,10 @@
+//! `holdfast resume`
+
+use crate::cli::{Hold, Place};
+use crate::failure::Outcome;
+use holdfast_replicator::control::protocol::ServiceCommand;
+
+pub fn run(place: &Place, options: &Hold) -> Outcome {
+    let command = if options.io { ServiceCommand::ResumeIo } else { ServiceCommand::ResumeResync };
+    place.session(&options.service)?.run(command)
+}

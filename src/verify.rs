@@ -1,0 +1,35 @@
+//! `holdfast verify`
+
+use crate::cli::{Place, Verify};
+use crate::failure::{FOUND_BAD, Failure, Outcome};
+use crate::progress::Progress;
+use holdfast_replicator::control::follow;
+use holdfast_replicator::control::protocol::ServiceCommand;
+use holdfast_replicator::control::render;
+
+pub fn run(place: &Place, options: &Verify) -> Outcome {
+    let mut session = place.session(&options.service)?;
+    if options.stop {
+        return session.run(ServiceCommand::StopVerify);
+    }
+    session.run(ServiceCommand::Verify { volume: options.volume.clone() })?;
+    if !options.wait {
+        return Ok(());
+    }
+    let bar = Progress::start("verify");
+    let result = follow::verify(session.client, &session.service, |verify| {
+        bar.show(verify.done_bytes, verify.total_bytes, &render::verify_line(verify));
+    });
+    bar.finish();
+    let found = result?;
+    if found.different_bytes == 0 {
+        println!("{} compared, the copies are identical", render::bytes(found.compared_bytes));
+        return Ok(());
+    }
+    Err(Failure::new(
+        FOUND_BAD,
+        format!("{} differ between the copies", render::bytes(found.different_bytes)),
+        "The differing blocks are marked, and copied from the primary when the link is made anew",
+        "Look for a failing disk or memory on either machine, then `holdfast disconnect` and `connect`",
+    ))
+}
