@@ -13,9 +13,15 @@ use std::fs::File;
 use std::io;
 use std::os::fd::{AsRawFd, RawFd};
 use std::os::unix::fs::{FileTypeExt, OpenOptionsExt};
-use std::path::{Path, PathBuf};
+use std::path::Path;
+#[cfg(feature = "fault-injection")]
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::sync::Arc;
+use std::time::{Duration, Instant};
+
+/// Between two looks at a backing that is held by another.
+const LOCK_POLL: Duration = Duration::from_millis(10);
 
 /// How to open a backing.
 #[derive(Clone, Debug, Default)]
@@ -29,6 +35,9 @@ pub struct OpenOptions {
     /// Sector size of the volume in bytes (a power of two, 512 to 4096), if it is already decided. At least what direct
     /// I/O needs here.
     pub sector_size: Option<u32>,
+    /// How long to wait while another holds the backing. After a process was killed the kernel keeps its files for a moment (as long as
+    /// the disk works on its last requests), so a restart should allow some seconds.
+    pub lock_wait: Duration,
     /// Do not open a block device exclusively (O_EXCL). For looking at a device that is known to be mounted.
     pub shared_device: bool,
     /// Put a volatile cache and a fault switchboard over the file, commanded through this Unix socket.
@@ -96,7 +105,19 @@ impl Backing {
             Some(size) => Some(create(path, size, options.preallocate)?),
             None => None,
         };
-        let opened = Self::open_existing(path, options);
+        let deadline = Instant::now() + options.lock_wait;
+        let opened = loop {
+            let opened = Self::open_existing(path, options);
+            let held = matches!(
+                opened,
+                Err(OpenError::Locked { .. } | OpenError::InUse { .. } | OpenError::Aliased { .. })
+            );
+            if !held || Instant::now() >= deadline {
+                break opened;
+            }
+            // The kernel has no way to wait for a lock, an exclusive open and a loop device at once, with a limit.
+            std::thread::sleep(LOCK_POLL);
+        };
         if let (Err(_), Some(())) = (&opened, created) {
             let _ = std::fs::remove_file(path);
         }
@@ -114,7 +135,7 @@ impl Backing {
             path: path.into(),
             found,
         })?;
-        let mut flags = libc::O_DIRECT | libc::O_NONBLOCK;
+        let mut flags = libc::O_DIRECT;
         if kind == BackingKind::BlockDevice && !options.shared_device {
             flags |= libc::O_EXCL;
         }

@@ -162,33 +162,33 @@ impl FaultDisk {
             Class::Flush => 2,
             Class::Zero | Class::Any => 3,
         }] += 1;
+        // Shortened first: an error further on then meets the piece that reaches it, as on a disk.
         let mut allowed = len;
-        for at in 0..state.rules.len() {
-            let rule = &mut state.rules[at];
-            let meets = rule.range.is_none_or(|(start, length)| {
-                class == Class::Flush
-                    || (offset < start.saturating_add(length) && start < offset + len)
-            });
-            if (rule.class != class && rule.class != Class::Any) || !meets || rule.times == Some(0)
-            {
-                continue;
-            }
-            let judgement = match rule.effect {
-                Effect::Short(most) if matches!(class, Class::Read | Class::Write) => {
-                    allowed = allowed.min(most);
-                    None
+        for short_pass in [true, false] {
+            for rule in &mut state.rules {
+                let meets = rule.range.is_none_or(|(start, length)| {
+                    class == Class::Flush
+                        || (offset < start.saturating_add(length) && start < offset + allowed)
+                });
+                let mine = rule.class == class || rule.class == Class::Any;
+                let short = matches!(rule.effect, Effect::Short(_));
+                if !mine || !meets || short != short_pass || rule.times == Some(0) {
+                    continue;
                 }
-                Effect::Short(_) => continue,
-                Effect::Error(errno) => Some(Judgement::Error(errno)),
-                Effect::Hang => Some(Judgement::Hang),
-            };
-            if rule.effect != Effect::Hang
-                && let Some(times) = &mut rule.times
-            {
-                *times -= 1;
-            }
-            if let Some(judgement) = judgement {
-                return judgement;
+                match rule.effect {
+                    Effect::Short(most) if matches!(class, Class::Read | Class::Write) => {
+                        allowed = allowed.min(most);
+                    }
+                    Effect::Short(_) => continue,
+                    Effect::Hang => return Judgement::Hang,
+                    Effect::Error(_) => {}
+                }
+                if let Some(times) = &mut rule.times {
+                    *times -= 1;
+                }
+                if let Effect::Error(errno) = rule.effect {
+                    return Judgement::Error(errno);
+                }
             }
         }
         Judgement::Go(allowed)

@@ -408,3 +408,6 @@ fn at(buf: &Buf, from: usize) -> Memory {
         pooled: Some(buf.arena_offset() + from),
     }
 }
+
+#[cfg(test)]
+mod tests;

@@ -83,7 +83,6 @@ struct Inner {
     /// Requests that a fault layer holds back.
     #[cfg(feature = "fault-injection")]
     held: Vec<usize>,
-    #[cfg(feature = "fault-injection")]
     event: Rc<OwnedFd>,
 }
 
@@ -137,7 +136,6 @@ impl Ring {
                 done: Vec::with_capacity(256),
                 #[cfg(feature = "fault-injection")]
                 held: Vec::new(),
-                #[cfg(feature = "fault-injection")]
                 event: event.clone(),
             }),
             event,
@@ -295,7 +293,7 @@ impl Ring {
     /// A completion that did not come from the kernel must wake the waiter too.
     fn signal_if_done(&self, inner: &Inner) {
         if !inner.done.is_empty() {
-            let _ = rustix::io::write(&*self.event, &1u64.to_ne_bytes());
+            signal(&self.event);
         }
     }
 }
@@ -555,15 +553,18 @@ impl Inner {
             drop(queue);
             match self.uring.submit() {
                 Err(error) if error.raw_os_error() == Some(libc::EINTR) => {}
-                // Out of memory or completion space for the moment: entries stay queued, and reading completions makes room.
+                // Out of memory or completion space for the moment: the entries stay queued, and the waiter comes back here.
                 Err(error) if matches!(error.raw_os_error(), Some(libc::EAGAIN | libc::EBUSY)) => {
+                    signal(&self.event);
                     return;
                 }
                 Err(error) => {
                     tracing::error!(%error, "io_uring refused to take requests; they stay queued and age");
                     return;
                 }
-                Ok(_) => return,
+                // Taken in part: the next call takes the rest or says why not.
+                Ok(_) if self.uring.submission().is_empty() => return,
+                Ok(_) => {}
             }
         }
     }
@@ -628,6 +629,12 @@ impl Inner {
     }
 }
 
+/// Makes a waiter look again.
+fn signal(event: &OwnedFd) {
+    // A full counter (EAGAIN) has been signalled already.
+    let _ = rustix::io::write(event, &1u64.to_ne_bytes());
+}
+
 impl Drop for Inner {
     fn drop(&mut self) {
         // What the kernel does not have yet will never run.
@@ -662,6 +669,10 @@ impl Drop for Inner {
                 "the disk does not finish its requests; their buffers and the locks are kept until this process ends"
             );
             return;
+        }
+        // The kernel takes a closed ring apart in the background; what holds the locks of the backings must not wait for that.
+        if self.registered_files {
+            let _ = self.uring.submitter().unregister_files();
         }
         // SAFETY: each is dropped once, here, and not used afterwards. Nothing is in the kernel, so nothing uses the memory; the ring goes
         // first, and with it the registration of the arena, which `pool` still keeps mapped.
