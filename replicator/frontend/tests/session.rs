@@ -366,6 +366,53 @@ fn a_superseded_export_answers_what_is_in_flight_and_ends_its_sessions() {
 }
 
 #[test]
+fn requests_that_a_limit_held_back_are_answered_too_when_the_export_goes_away() {
+    let mut setup = Setup::default();
+    setup.limits.max_requests_in_flight = 1;
+    let server = Running::start(setup);
+    let mut client = Client::open(&server.socket(), true);
+    server.on_volume(|volume| volume.hold());
+    // One burst, so that all of it is in the server's hands when the first is.
+    let burst: Vec<u8> = (0..20)
+        .flat_map(|cookie| header(command::READ, cookie, 0, 4).encode())
+        .collect();
+    client.stream.write_all(&burst).expect("burst");
+    server.until("one is held", |server| server.exports().0.held() == 1);
+    server.on_volume(|volume| volume.close_signal().close(CloseReason::Demoted));
+    for cookie in 0..20 {
+        let reply = client.reply(0);
+        assert_eq!((reply.cookie, reply.error), (cookie, ESHUTDOWN));
+    }
+    client.expect_closed();
+}
+
+#[test]
+fn a_closed_session_still_takes_what_the_client_is_sending() {
+    let mut setup = Setup::default();
+    // Only the client's own goodbye may end this.
+    setup.limits.close_timeout = std::time::Duration::from_secs(3600);
+    let server = Running::start(setup);
+    let mut client = Client::open(&server.socket(), true);
+    server.on_volume(|volume| volume.hold());
+    client.send(header(command::READ, 1, 0, 4), &[]);
+    server.until("it is held", |server| server.exports().0.held() == 1);
+    server.on_volume(|volume| volume.close_signal().close(CloseReason::Demoted));
+    assert_eq!(client.reply(0).error, ESHUTDOWN);
+    client.expect_closed();
+    for cookie in 0..1000 {
+        client.send(header(command::WRITE, cookie, 0, 4096), &[1; 4096]);
+    }
+    assert_eq!(
+        server.on_server(|server| server.stats().connections_open.get()),
+        1
+    );
+    drop(client);
+    server.until("it is gone", |server| {
+        server.stats().connections_open.get() == 0
+    });
+}
+
+#[test]
 fn a_stopping_server_tells_its_clients() {
     let server = Running::start(Setup::default());
     let mut client = Client::open(&server.socket(), true);
