@@ -219,7 +219,8 @@ impl History {
                 report.written_blocks += u64::from(found != Some(0));
                 match found {
                     Some(found) if found == known.acknowledged => known.in_flight = 0,
-                    Some(found) if found == known.in_flight => {
+                    // Zero stands for "nothing in flight" there and for "never written" here.
+                    Some(found) if found != 0 && found == known.in_flight => {
                         report.arrived_blocks += 1;
                         *known = Known { acknowledged: found, in_flight: 0 };
                     }
