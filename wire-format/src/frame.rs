@@ -123,7 +123,14 @@ pub struct Hello {
     pub node: Uuid,
     pub slot: Slot,
     pub service: Uuid,
+    /// Name and version of the software, at most 64 bytes.
     pub software: String,
+    /// Wire versions the sender speaks.
+    pub version_min: u8,
+    pub version_max: u8,
+    /// Features without which the sender cannot talk, and those it has.
+    pub features_required: u64,
+    pub features_supported: u64,
     pub facts: Facts,
 }
 
@@ -220,21 +227,61 @@ pub enum Body {
     Empty,
     Hello(Box<Hello>),
     /// Bits of one page toward the receiver. `words` is empty for "all set".
-    Bitmap { volume: VolumeIndex, page: u64, grain_shift: u8, words: Vec<u64> },
-    Goodbye { code: GoodbyeCode, text: String },
+    Bitmap {
+        volume: VolumeIndex,
+        page: u64,
+        grain_shift: u8,
+        words: Vec<u64>,
+    },
+    Goodbye {
+        code: GoodbyeCode,
+        text: String,
+    },
     /// Inclusive runs of positions (or resync sequences), at most `MAX_ACK_RUNS`.
-    Acks { runs: Vec<(u64, u64)> },
-    FlushAck { position: Position, resync_sequence: u64 },
-    ResyncDone { position: Position },
-    InSync { set: SlotSet, version: u64 },
-    PromoteRequest { epoch: Epoch },
-    PromoteReply { epoch: Epoch, accepted: bool, reason: String },
-    NewGeneration { generation: Generation },
-    GenerationAck { generation: GenerationId },
-    Verify { sequence: u64, digest: u128 },
-    VerifyReply { sequence: u64, equal: bool, failed: bool },
-    DiskLost { generation_cause: GenerationCause, position: Position },
-    Grow { size: u64 },
+    Acks {
+        runs: Vec<(u64, u64)>,
+    },
+    FlushAck {
+        position: Position,
+        resync_sequence: u64,
+    },
+    ResyncDone {
+        position: Position,
+    },
+    InSync {
+        set: SlotSet,
+        version: u64,
+    },
+    PromoteRequest {
+        epoch: Epoch,
+    },
+    PromoteReply {
+        epoch: Epoch,
+        accepted: bool,
+        reason: String,
+    },
+    NewGeneration {
+        generation: Generation,
+    },
+    GenerationAck {
+        generation: GenerationId,
+    },
+    Verify {
+        sequence: u64,
+        digest: u128,
+    },
+    VerifyReply {
+        sequence: u64,
+        equal: bool,
+        failed: bool,
+    },
+    DiskLost {
+        generation_cause: GenerationCause,
+        position: Position,
+    },
+    Grow {
+        size: u64,
+    },
 }
 
 /// Most runs in one acknowledgement.

@@ -66,7 +66,10 @@ impl Epoch {
     /// Owner of epoch 0.
     pub const NO_OWNER: u8 = 0xff;
     /// Nobody was ever promoted.
-    pub const NONE: Epoch = Epoch { number: 0, owner: Self::NO_OWNER };
+    pub const NONE: Epoch = Epoch {
+        number: 0,
+        owner: Self::NO_OWNER,
+    };
 }
 
 /// A set of copies, one bit per slot.

@@ -2,6 +2,13 @@
 //!
 //! Values are in [`ids`], [`frame`] and [`metadata`]; bytes in the codec modules beside them.
 
+pub mod activity_log;
+pub mod bitmap_page;
+mod bytes;
 pub mod frame;
+pub mod frame_codec;
 pub mod ids;
+pub mod layout;
 pub mod metadata;
+mod shared;
+pub mod superblock;
