@@ -26,7 +26,8 @@ pub trait Buffer: 'static {
 /// have any alignment: the volume gets exactly the client's range and does what read-modify-write that takes.
 #[derive(Debug)]
 pub enum Request<B> {
-    /// Answered with [`Output::Data`] of exactly `len` bytes; `len` is at most [`MAX_REQUEST_BYTES`].
+    /// Answered with [`Output::Data`] of exactly `len` bytes; `len` is at most [`MAX_REQUEST_BYTES`]. The volume may
+    /// keep it until it has memory for the answer.
     Read { offset: u64, len: u32 },
     /// Writes the whole slice of `buffer`. With `fua` it is answered only once durable, as a FLUSH would be.
     Write { offset: u64, buffer: B, fua: bool },
@@ -91,11 +92,11 @@ pub struct ExportInfo {
     pub rotational: bool,
     /// A flush on one session covers the answered writes of all sessions.
     pub multi_conn: bool,
-    /// [`Request::Discard`] is worth sending.
+    /// [`Request::Discard`] is understood; without it none arrives.
     pub discard: bool,
-    /// [`Request::WriteZeroes`] honours `fast`.
+    /// [`Request::WriteZeroes`] honours `fast`; without it none with `fast` arrives.
     pub fast_zero: bool,
-    /// [`Request::Cache`] does something.
+    /// [`Request::Cache`] does something; without it none arrives.
     pub cache: bool,
     pub block_sizes: BlockSizes,
     /// One line for people.

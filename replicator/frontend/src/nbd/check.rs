@@ -11,7 +11,9 @@ pub struct Negotiated {
     /// Bytes.
     pub size: u64,
     pub read_only: bool,
+    pub discard: bool,
     pub fast_zero: bool,
+    pub cache: bool,
     pub block_sizes: BlockSizes,
     /// The client asked for the block sizes, so it must keep to them.
     pub client_knows_sizes: bool,
@@ -25,7 +27,9 @@ impl Negotiated {
         Negotiated {
             size: info.size,
             read_only: info.read_only,
+            discard: info.discard,
             fast_zero: info.fast_zero,
+            cache: info.cache,
             block_sizes: info.block_sizes,
             client_knows_sizes: false,
             structured: false,
@@ -71,6 +75,10 @@ pub enum Plan {
 
 fn invalid(message: &'static str) -> IoError {
     IoError::new(IoErrorKind::Invalid, message)
+}
+
+fn unsupported(message: &'static str) -> IoError {
+    IoError::new(IoErrorKind::NotSupported, message)
 }
 
 /// What to do with a request, or how to refuse it. A refused write's payload must still be skipped.
@@ -121,12 +129,15 @@ pub fn plan(header: &RequestHeader, on: &Negotiated) -> Result<Plan, IoError> {
         Plan::Read if flags & command_flag::DF != 0 && !on.structured => {
             return Err(invalid("DF needs structured replies"));
         }
+        // Not EINVAL: a client then falls back to writing, which is what it should do here.
         Plan::WriteZeroes { fast: true, .. } if !on.fast_zero => {
-            // Not EINVAL: a client then falls back to writing, which is what it should do here.
-            return Err(IoError::new(
-                IoErrorKind::NotSupported,
-                "this export has no fast zeroes",
-            ));
+            return Err(unsupported("this export has no fast zeroes"));
+        }
+        Plan::Discard { .. } if !on.discard => {
+            return Err(unsupported("this export has no trim"));
+        }
+        Plan::Cache if !on.cache => {
+            return Err(unsupported("this export has no cache"));
         }
         _ => {}
     }
@@ -171,7 +182,9 @@ mod tests {
         Negotiated {
             size: 64 * MIB,
             read_only: false,
+            discard: true,
             fast_zero: true,
+            cache: true,
             block_sizes: BlockSizes {
                 minimum: 512,
                 preferred: 4096,
@@ -303,6 +316,21 @@ mod tests {
             kind(command::WRITE_ZEROES, zeroes, 0, 512, &slow),
             Err(IoErrorKind::NotSupported)
         );
+    }
+
+    #[test]
+    fn what_an_export_does_not_offer_never_reaches_the_volume() {
+        let on = Negotiated {
+            discard: false,
+            cache: false,
+            ..on()
+        };
+        for command in [command::TRIM, command::CACHE] {
+            assert_eq!(
+                kind(command, 0, 0, 512, &on),
+                Err(IoErrorKind::NotSupported)
+            );
+        }
     }
 
     #[test]
