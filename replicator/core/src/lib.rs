@@ -4,9 +4,27 @@
 //! the states and transitions; comments name the invariants (D1–D18) they keep.
 
 pub mod activity_log;
+mod admin;
 pub mod api;
+mod attach;
 pub mod bitmap;
+mod congestion;
 pub mod handshake;
+mod meeting;
+mod op;
 pub mod overlap;
+mod peer;
+mod receive;
+mod report;
+mod resync;
+mod roles;
+mod service;
+mod stability;
 pub mod status;
 pub mod undo;
+mod undoing;
+mod verify;
+mod write_path;
+
+pub use attach::{AttachError, CreateError, CreateParameters, CreateVolume, create};
+pub use service::Core;

@@ -1,0 +1,83 @@
+//! An asynchronous copy that cannot keep up: the application waits, or the copy falls back to the bitmap and
+//! returns by itself when what was sent has drained.
+
+use crate::api::*;
+use crate::peer::*;
+use crate::service::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+
+impl Core {
+    /// Lag of a copy in ms: the age of the oldest write it has not acknowledged.
+    pub(crate) fn lag_ms(&self, at: usize) -> u64 {
+        let Some(position) = self.peers[at].oldest_unacked else { return 0 };
+        let Some(entry) = self.window.get(position) else { return 0 };
+        match self.ops.get(entry.op as usize) {
+            Some(crate::op::Op::Client(op)) => self.now.ms_since(Time(op.issued_at)),
+            _ => 0,
+        }
+    }
+
+    fn over_bound(&self, at: usize) -> bool {
+        let peer = &self.peers[at];
+        let lag_bound = self.tuning.async_lag_ms;
+        peer.unacked_bytes > self.tuning.async_queue_bytes || (lag_bound > 0 && self.lag_ms(at) > lag_bound)
+    }
+
+    /// Whether new writes wait for an asynchronous copy.
+    pub(crate) fn congestion_blocks(&self) -> bool {
+        self.tuning.async_block
+            && (0..self.peers.len()).any(|at| {
+                let peer = &self.peers[at];
+                peer.mode == Mode::Async && matches!(peer.relation, Relation::Established) && self.over_bound(at)
+            })
+    }
+
+    /// Checks the bound of every asynchronous copy; over it, with the bitmap policy, mirroring to it stops.
+    pub(crate) fn watch_congestion(&mut self, out: &mut Actions) {
+        if self.role != Role::Primary || self.tuning.async_block {
+            return;
+        }
+        for at in 0..self.peers.len() {
+            let peer = &self.peers[at];
+            if peer.mode == Mode::Async
+                && matches!(peer.relation, Relation::Established)
+                && !peer.congested
+                && self.over_bound(at)
+            {
+                self.congest(at, out);
+            }
+        }
+    }
+
+    /// From here on what is written becomes bits; the copy stays at a real past point until it drained.
+    pub(crate) fn congest(&mut self, at: usize, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        self.peers[at].congested = true;
+        let text = format!(
+            "copy {} is {} bytes and {} ms behind: writes are noted in the bitmap until it has drained",
+            slot.0,
+            self.peers[at].unacked_bytes,
+            self.lag_ms(at)
+        );
+        self.notice(Level::Warning, "congested", Some(slot), text, out);
+    }
+
+    pub(crate) fn congestion_relieved(&mut self, at: usize, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        if self.peers[at].congested && self.peers[at].oldest_unacked.is_none() {
+            self.peers[at].congested = false;
+            self.notice(Level::Info, "drained", Some(slot), "what was sent is acknowledged".into(), out);
+            return self.meet_again(at, "an asynchronous copy returns from congestion", out);
+        }
+        self.release_held(out);
+    }
+
+    pub(crate) fn drained(&mut self, slot: Slot, session: SessionId, bytes: u64, out: &mut Actions) {
+        let Some(at) = self.peer_index(slot) else { return };
+        if self.peers[at].on(session) {
+            self.peers[at].queued_bytes = self.peers[at].queued_bytes.saturating_sub(bytes);
+            self.pump_source(at, out);
+        }
+    }
+}

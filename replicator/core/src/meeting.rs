@@ -1,0 +1,647 @@
+//! Two copies meet: facts are exchanged, [`handshake::decide`](crate::handshake::decide) says what follows,
+//! and both sides carry it out until they stand `Established`.
+
+use crate::api::*;
+use crate::bitmap::PageContent;
+use crate::handshake::{self, CopyPlan, Decision, How, Outcome};
+use crate::op::*;
+use crate::peer::*;
+use crate::service::*;
+use holdfast_wire_format::frame::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+
+impl Core {
+    pub(crate) fn link_up(&mut self, slot: Slot, session: SessionId, path: &str, out: &mut Actions) {
+        let Some(at) = self.peer_index(slot) else { return };
+        if self.peers[at].session.is_some() {
+            // The link lost the old one and has not said so yet.
+            self.session_ended(at, "a new connection replaced it", out);
+        }
+        if !self.peers[at].wanted || self.failed || self.role == Role::Detached {
+            let (code, text) = (GoodbyeCode::Refused, "not connected by choice".to_owned());
+            return out.push(Action::Close { peer: slot, session, code, text, reconnect: false });
+        }
+        let now = self.now;
+        let peer = &mut self.peers[at];
+        peer.session = Some(session);
+        peer.relation = Relation::Greeting { sent: None, theirs: None };
+        peer.last_heard = now;
+        peer.last_sent = now;
+        peer.up_since = now;
+        peer.ready_received = false;
+        peer.bits_received = false;
+        peer.unacked_bytes = 0;
+        peer.queued_bytes = 0;
+        peer.oldest_unacked = None;
+        peer.congested = false;
+        peer.is_primary = false;
+        peer.source = SourceState::default();
+        peer.target = TargetState::default();
+        self.notice(Level::Info, "link-up", Some(slot), format!("connected by {path}"), out);
+        self.greet(at, session, out);
+    }
+
+    /// Tells our facts, once nothing is on its way to the disk that would change them.
+    pub(crate) fn greet(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        if !self.peers[at].on(session) {
+            return;
+        }
+        let Relation::Greeting { sent: None, .. } = self.peers[at].relation else { return };
+        if self.commit_pending() {
+            return self.commit(Then::Greet { peer: at, session }, out);
+        }
+        // What an earlier session or role left in flight is finished first: facts are told when they are true.
+        if self.applying() || matches!(self.role, Role::Promoting | Role::Demoting) || self.dropping {
+            return;
+        }
+        self.peers[at].inbox = Inbox { session: session.0, ..Inbox::default() };
+        let facts = self.facts(at);
+        let hello = Hello::new(self.sb.node, self.slot, self.sb.service, facts.clone());
+        if let Relation::Greeting { sent, .. } = &mut self.peers[at].relation {
+            *sent = Some(Box::new(facts));
+        }
+        self.send_body(at, FrameKind::Hello, Body::Hello(Box::new(hello)), out);
+        self.decide_if_met(at, out);
+    }
+
+    /// What is true and durable of this copy, as told to one peer.
+    pub(crate) fn facts(&self, at: usize) -> Facts {
+        self.facts_about(Some(at))
+    }
+
+    pub(crate) fn facts_about(&self, at: Option<usize>) -> Facts {
+        let peer = at.map(|at| &self.peers[at]);
+        let record = peer.map(|p| self.sb.peers[p.record]).unwrap_or_default();
+        Facts {
+            slot: self.slot,
+            disk: self.sb.disk,
+            attach_counter: self.sb.attach_counter,
+            incarnation: self.sb.incarnation,
+            epoch: self.sb.epoch_gate,
+            state: if self.failed { CopyState::Failed } else { self.sb.state },
+            flags: CopyFlags {
+                unclean: self.unclean_start,
+                was_primary: self.was_primary_before || self.role == Role::Primary,
+                ..self.sb.flags
+            },
+            is_primary: matches!(self.role, Role::Primary | Role::Demoting | Role::Promoting),
+            unclean_start: self.unclean_start,
+            mode: peer.map_or(self.sb.mode, |p| p.mode),
+            on_peer_loss: self.sb.on_peer_loss,
+            generations: self.sb.generations.clone(),
+            generations_cut: self.sb.generations_cut,
+            position: self.held_position(),
+            issued: self.issued,
+            target_of: self.sb.target_of,
+            target_source: self.sb.target_source,
+            before_resync: self.sb.before_resync,
+            undo_intact: self.undo_intact(),
+            in_sync: self.sb.in_sync,
+            in_sync_version: self.sb.in_sync_version,
+            in_sync_pending: self.sb.in_sync_pending,
+            volumes: self
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(index, v)| VolumeFacts {
+                    index: VolumeIndex(index as u16),
+                    volume: v.id,
+                    disk: v.disk,
+                    size: v.size,
+                    sector_size: v.sector_size,
+                    grain_shift: v.grain_shift,
+                    blank: v.blank,
+                })
+                .collect(),
+            about_peer: PeerFacts {
+                known: record.disk != Uuid(0),
+                disk: record.disk,
+                attach_counter: record.attach_counter,
+                incarnation: record.incarnation,
+                bitmap_base: record.bitmap_base,
+                bits: peer.map_or(0, Peer::dirty_bits),
+                bytes: peer.map_or(0, Peer::dirty_bytes),
+                known_durable_generation: record.known_durable_generation,
+                known_durable_position: record.known_durable_position,
+                full_copy: record.full_copy,
+            },
+        }
+    }
+
+    pub(crate) fn hello(&mut self, at: usize, session: SessionId, hello: Box<Hello>, out: &mut Actions) {
+        let peer = &self.peers[at];
+        if hello.service != self.sb.service || hello.slot != peer.slot || hello.facts.slot != peer.slot {
+            self.bad_frame(at, "the hello names another service or copy", out);
+            return;
+        }
+        if !matches!(peer.relation, Relation::Greeting { theirs: None, .. }) {
+            self.bad_frame(at, "a hello came out of turn", out);
+            return;
+        }
+        if let Err(error) = hello.negotiate() {
+            self.close(at, GoodbyeCode::Refused, &error.to_string(), false, out);
+            return;
+        }
+        let _ = session;
+        let peer = &mut self.peers[at];
+        peer.their_incarnation = hello.facts.incarnation;
+        peer.their_state = Some(hello.facts.state);
+        peer.their_mode = hello.facts.mode;
+        peer.their_disk = hello.facts.disk;
+        peer.their_attach_counter = hello.facts.attach_counter;
+        peer.their_generations = hello.facts.generations.clone();
+        peer.their_generations_cut = hello.facts.generations_cut;
+        if let Relation::Greeting { theirs, .. } = &mut peer.relation {
+            *theirs = Some(hello);
+        }
+        self.decide_if_met(at, out);
+    }
+
+    fn decide_if_met(&mut self, at: usize, out: &mut Actions) {
+        let Relation::Greeting { sent: Some(mine), theirs: Some(theirs) } = self.peers[at].relation.clone() else {
+            return;
+        };
+        if self.facts_changed(at, &mine) {
+            return self.meet_again(at, "our own facts changed during the greeting", out);
+        }
+        let slot = self.peers[at].slot;
+        let theirs = theirs.facts;
+        let decision = handshake::decide(&mine, &theirs, None);
+        self.peers[at].handshake = format!("{:?}: {}", decision.row, decision.why);
+        self.notice(Level::Info, "handshake", Some(slot), self.peers[at].handshake.clone(), out);
+        self.adopt_facts(at, &mine, &theirs, out);
+        if self.peers[at].session.is_none() {
+            return;
+        }
+        self.carry_out(at, &mine, &theirs, decision, out);
+    }
+
+    /// Whether what was told is no longer true in a way that decides.
+    fn facts_changed(&self, at: usize, told: &Facts) -> bool {
+        let now = self.facts(at);
+        now.epoch != told.epoch
+            || now.state != told.state
+            || now.is_primary != told.is_primary
+            || now.generations != told.generations
+            || now.in_sync != told.in_sync
+            || now.in_sync_pending != told.in_sync_pending
+            || (now.about_peer.bits > 0) != (told.about_peer.bits > 0)
+    }
+
+    pub(crate) fn meet_again(&mut self, at: usize, why: &str, out: &mut Actions) {
+        self.close(at, GoodbyeCode::Again, why, true, out);
+    }
+
+    /// A newer epoch than ours ends our right to write, whatever else this meeting comes to.
+    fn adopt_facts(&mut self, at: usize, mine: &Facts, theirs: &Facts, out: &mut Actions) {
+        let _ = at;
+        if theirs.epoch.number > mine.epoch.number {
+            // D11, C1: a newer epoch ends every older right to write.
+            self.sb.epoch_gate = theirs.epoch;
+            self.commit(Then::Nothing, out);
+            if matches!(self.role, Role::Primary | Role::Promoting) {
+                let text = format!(
+                    "copy {} knows epoch {} of copy {}, newer than {}: this copy stops being primary",
+                    theirs.slot.0, theirs.epoch.number, theirs.epoch.owner, mine.epoch.number
+                );
+                self.notice(Level::Error, "superseded", Some(theirs.slot), text, out);
+                self.stop_being_primary(out);
+            }
+        }
+    }
+
+    fn carry_out(
+        &mut self,
+        at: usize,
+        mine: &Facts,
+        theirs: &Facts,
+        decision: Decision,
+        out: &mut Actions,
+    ) {
+        let slot = self.peers[at].slot;
+        self.peers[at].is_primary = theirs.is_primary && theirs.epoch.number >= mine.epoch.number;
+        // Two copies that both follow a third, live primary leave each other alone.
+        if !theirs.is_primary && !self.is_primary_like() && self.follows_third(at) {
+            self.peers[at].relation = Relation::Agreeing;
+            return self.send_body(at, FrameKind::Ready, Body::Empty, out);
+        }
+        match decision.outcome {
+            Outcome::Nothing => {
+                self.peers[at].relation = Relation::Agreeing;
+                self.send_body(at, FrameKind::Ready, Body::Empty, out);
+                if self.peers[at].ready_received {
+                    self.agreed(at, out);
+                }
+            }
+            Outcome::Copy(plan) => {
+                if plan.target == self.slot {
+                    self.become_target(at, theirs, &plan, out);
+                } else if plan.source == self.slot {
+                    self.become_source(at, plan.how, out);
+                }
+            }
+            Outcome::SplitBrain { .. } => {
+                self.notice(Level::Error, "split-brain", Some(slot), decision.why.clone(), out);
+                self.close(at, GoodbyeCode::SplitBrain, &decision.why, false, out);
+            }
+            Outcome::WaitForThird => {
+                self.notice(Level::Warning, "waiting", Some(slot), decision.why.clone(), out);
+                self.close(at, GoodbyeCode::Refused, &decision.why, true, out);
+            }
+            _ => {
+                self.notice(Level::Error, "refused", Some(slot), decision.why.clone(), out);
+                self.close(at, GoodbyeCode::Refused, &decision.why, false, out);
+            }
+        }
+    }
+
+    pub(crate) fn is_primary_like(&self) -> bool {
+        matches!(self.role, Role::Primary | Role::Promoting | Role::Demoting)
+    }
+
+    fn follows_third(&self, at: usize) -> bool {
+        self.peers.iter().enumerate().any(|(other, p)| {
+            other != at && p.is_primary && matches!(p.relation, Relation::Target | Relation::Established)
+        })
+    }
+
+    // --- nothing to copy ---
+
+    fn agreed(&mut self, at: usize, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        let follows_third = self.follows_third(at);
+        if self.peers[at].dirty_bits() > 0 && !follows_third {
+            return self.meet_again(at, "writes came during the greeting", out);
+        }
+        self.peers[at].relation = Relation::Established;
+        self.peers[at].flushed = self.issued;
+        self.remember_identity(at);
+        if !follows_third {
+            let (record, generation) = (self.peers[at].record, self.generation());
+            self.sb.peers[record].bitmap_base = generation;
+            self.sb.peers[record].full_copy = false;
+        }
+        self.commit(Then::Nothing, out);
+        self.notice(Level::Info, "established", Some(slot), "both copies agree".into(), out);
+        if follows_third {
+            return;
+        }
+        if self.leads(at) {
+            if self.peers[at].mode != Mode::Async && !self.sb.in_sync.contains(slot) {
+                self.begin_join(at, out);
+            } else if self.peers[at].their_state != Some(CopyState::UpToDate) {
+                self.tell_in_sync(at, out);
+            }
+        }
+        self.check_all(out);
+    }
+
+    /// Which of two connected copies keeps S: the primary, else the owner of the epoch, else the lower slot.
+    pub(crate) fn leads(&self, at: usize) -> bool {
+        if self.is_primary_like() {
+            return true;
+        }
+        let peer = &self.peers[at];
+        if peer.is_primary {
+            return false;
+        }
+        let owner = self.sb.epoch_gate.owner;
+        if owner == self.slot.0 || owner == peer.slot.0 {
+            return owner == self.slot.0;
+        }
+        self.slot < peer.slot
+    }
+
+    pub(crate) fn ready(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        self.peers[at].ready_received = true;
+        match self.peers[at].relation {
+            Relation::Agreeing => self.agreed(at, out),
+            Relation::SourceWaiting => self.source_ready(at, session, out),
+            // The other side decided before us; kept until we did.
+            Relation::Greeting { .. } => {}
+            _ => {
+                self.bad_frame(at, "Ready out of turn", out);
+            }
+        }
+    }
+
+    // --- the target ---
+
+    /// The meeting is settled: what it was settled with is what the next one compares against.
+    fn remember_identity(&mut self, at: usize) {
+        let peer = &self.peers[at];
+        let known = &mut self.sb.peers[peer.record];
+        known.disk = peer.their_disk;
+        known.attach_counter = peer.their_attach_counter;
+        known.incarnation = peer.their_incarnation;
+    }
+
+    fn become_target(&mut self, at: usize, theirs: &Facts, plan: &CopyPlan, out: &mut Actions) {
+        let how = plan.how;
+        let Some(session) = self.peers[at].session else { return };
+        if self.is_primary_like() {
+            self.stop_being_primary(out);
+        }
+        let slot = self.peers[at].slot;
+        let source_generation = theirs.generations.last().map_or(GenerationId(0), |g| g.id);
+        let fresh = self.sb.target_of == GenerationId(0);
+        if fresh {
+            // Where rollback returns to: what this copy was before the first block of this resync (D12).
+            self.sb.before_resync = (self.generation(), self.held_position());
+        }
+        let initial = matches!(self.sb.state, CopyState::Blank) || matches!(how, How::Full | How::FullByChecksum);
+        self.sb.state = CopyState::Inconsistent;
+        self.sb.target_of = source_generation;
+        self.sb.target_source = slot.0;
+        self.sb.in_sync = self.sb.in_sync.without(self.slot);
+        self.sb.flags.solo = false;
+        self.remember_identity(at);
+        self.peers[at].relation = Relation::TargetPreparing;
+        self.peers[at].full_copy = matches!(how, How::Full | How::FullByChecksum);
+        if how == How::BitsAndUndo {
+            self.undo_blocks_become_bits(at);
+        }
+        self.undo_begin(fresh, initial, out);
+        // Recorded before Ready is sent: no data of the source arrives unrecorded.
+        self.commit(Then::TargetRecorded { peer: at, session }, out);
+    }
+
+    pub(crate) fn target_recorded(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::TargetPreparing) {
+            return;
+        }
+        if !self.undo_ready() {
+            return self.undo_call_when_ready(at, session);
+        }
+        let now = self.now;
+        let slot = self.peers[at].slot;
+        self.peers[at].relation = Relation::Target;
+        self.peers[at].target = TargetState { started: now, ..TargetState::default() };
+        // Our bits toward the source: what it may lack of ours is what we must take of its (row: "both sides' bits").
+        for volume in 0..self.volumes.len() {
+            let grain_shift = self.volumes[volume].grain_shift;
+            let bitmap = &self.peers[at].bitmaps[volume];
+            let pages: Vec<(u64, Vec<u64>)> = bitmap
+                .pages_with_bits()
+                .map(|page| match bitmap.page(page) {
+                    PageContent::Partial(words) => (page, words.to_vec()),
+                    _ => (page, Vec::new()),
+                })
+                .collect();
+            for (page, words) in pages {
+                let body = Body::Bitmap { volume: VolumeIndex(volume as u16), page, grain_shift, words };
+                self.send_body(at, FrameKind::Bitmap, body, out);
+            }
+        }
+        self.send_body(at, FrameKind::BitmapEnd, Body::Empty, out);
+        self.send_body(at, FrameKind::Ready, Body::Empty, out);
+        self.notice(
+            Level::Warning,
+            "resync-target",
+            Some(slot),
+            "receiving what this copy lacks; it cannot be promoted without force until that ends".into(),
+            out,
+        );
+    }
+
+    // --- the source ---
+
+    fn become_source(&mut self, at: usize, how: How, out: &mut Actions) {
+        let full = matches!(how, How::Full | How::FullByChecksum);
+        self.peers[at].full_copy = full;
+        let record = self.peers[at].record;
+        if full {
+            for bitmap in &mut self.peers[at].bitmaps {
+                bitmap.set_all();
+            }
+            self.sb.peers[record].full_copy = true;
+            self.commit(Then::Nothing, out);
+        }
+        self.peers[at].relation = Relation::SourceWaiting;
+        if self.peers[at].ready_received {
+            let session = self.peers[at].session.unwrap_or(SessionId(0));
+            self.source_ready(at, session, out);
+        }
+    }
+
+    pub(crate) fn receive_bits(
+        &mut self,
+        at: usize,
+        volume: VolumeIndex,
+        page: u64,
+        grain_shift: u8,
+        words: &[u64],
+        out: &mut Actions,
+    ) {
+        let in_turn = matches!(self.peers[at].relation, Relation::SourceWaiting | Relation::Greeting { .. });
+        let Some(bitmap) = self.peers[at].bitmaps.get_mut(volume.0 as usize) else {
+            self.bad_frame(at, "bits of a volume that is not there", out);
+            return;
+        };
+        let content = match <&crate::bitmap::PageWords>::try_from(words) {
+            Ok(words) => PageContent::Partial(words),
+            Err(_) => PageContent::AllSet,
+        };
+        if !in_turn || page >= (1 << 40) || !(9..=40).contains(&grain_shift) {
+            self.bad_frame(at, "bits out of turn or outside the volume", out);
+            return;
+        }
+        bitmap.or_page(page, content, grain_shift);
+    }
+
+    pub(crate) fn bits_complete(&mut self, at: usize, _session: SessionId, _out: &mut Actions) {
+        self.peers[at].bits_received = true;
+    }
+
+    /// The target recorded that it is one and takes frames from here on.
+    fn source_ready(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        if !self.peers[at].bits_received {
+            self.bad_frame(at, "Ready before the bits", out);
+            return;
+        }
+        let slot = self.peers[at].slot;
+        self.peers[at].relation = Relation::SourceStarting;
+        self.remember_identity(at);
+        let in_s = self.sb.in_sync.union(self.sb.in_sync_pending).contains(slot);
+        if in_s {
+            // It durably knows that it is a target, so it will not be promoted unasked: leaving S is safe.
+            self.sb.in_sync = self.sb.in_sync.without(slot);
+            self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
+            self.sb.in_sync_version += 1;
+            if self.is_primary_like() {
+                self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
+                let generation = self.new_generation(GenerationCause::PeerLost);
+                self.announce_generation(generation, out);
+            }
+        }
+        self.commit(Then::SourceRecorded { peer: at, session }, out);
+    }
+
+    pub(crate) fn source_recorded(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::SourceStarting) {
+            return;
+        }
+        let slot = self.peers[at].slot;
+        let total = self.peers[at].dirty_bytes();
+        self.peers[at].relation = Relation::Source;
+        // Everything issued so far is durable there or has bits.
+        self.peers[at].flushed = self.issued;
+        self.peers[at].source = SourceState {
+            total_bytes: total,
+            next_sequence: 1,
+            started: self.now,
+            ..SourceState::default()
+        };
+        let text = format!("copying {total} bytes to copy {}", slot.0);
+        self.notice(Level::Info, "resync-source", Some(slot), text, out);
+        self.check_all(out);
+        self.pump_source(at, out);
+    }
+
+    // --- the end of a session ---
+
+    pub(crate) fn link_down(&mut self, slot: Slot, session: SessionId, reason: &str, out: &mut Actions) {
+        let Some(at) = self.peer_index(slot) else { return };
+        if self.peers[at].on(session) {
+            self.session_ended(at, reason, out);
+        }
+    }
+
+    pub(crate) fn goodbye(&mut self, at: usize, code: GoodbyeCode, text: &str, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        let reconnect = matches!(code, GoodbyeCode::Again | GoodbyeCode::OldEpoch | GoodbyeCode::BadFrame | GoodbyeCode::Shutdown);
+        let level = if reconnect { Level::Info } else { Level::Warning };
+        self.notice(level, "goodbye", Some(slot), format!("the peer closed ({code:?}): {text}"), out);
+        let Some(session) = self.peers[at].session else { return };
+        out.push(Action::Close {
+            peer: slot,
+            session,
+            code: GoodbyeCode::Disconnect,
+            text: "as the peer asked".into(),
+            reconnect: reconnect || code == GoodbyeCode::Disconnect,
+        });
+        self.session_ended(at, text, out);
+        self.peers[at].last_error = text.to_owned();
+        if matches!(code, GoodbyeCode::SplitBrain | GoodbyeCode::Unrelated | GoodbyeCode::Refused) {
+            self.peers[at].relation = Relation::Refused;
+        }
+    }
+
+    /// The session is over, whoever ended it.
+    pub(crate) fn session_ended(&mut self, at: usize, reason: &str, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        let relation = self.peers[at].relation.clone();
+        let was_primary = std::mem::take(&mut self.peers[at].is_primary);
+        self.peers[at].session = None;
+        self.peers[at].relation = Relation::Down;
+        self.peers[at].last_error = reason.to_owned();
+        self.notice(Level::Warning, "link-down", Some(slot), format!("link lost: {reason}"), out);
+        self.peers[at].inbox.orphan = true;
+        self.peers[at].was_primary = was_primary;
+        let follower = was_primary && matches!(relation, Relation::Established);
+        if !follower {
+            // A target in the middle: the source still has bits for all of it.
+            self.drop_inbox(at, out);
+        }
+        let mirrored = matches!(relation, Relation::Established | Relation::Joining { .. } | Relation::Source);
+        if mirrored && !was_primary {
+            self.unstable_becomes_bits(at);
+        }
+        self.source_ended(at, out);
+        self.verify_ended(at, reason, out);
+        if matches!(relation, Relation::Joining { .. }) {
+            // D18: the commit of S with it may be on its way; both sets count until it is known.
+            self.join_abandoned(at, out);
+        }
+        // Legs in flight to it are bits now.
+        let keys: Vec<u32> = self.window.iter().map(|e| e.op).filter(|op| *op != NO_OP).collect();
+        for key in keys {
+            if let Some(Op::Client(op)) = self.ops.get_mut(key as usize) {
+                let leg = &mut op.legs[slot.0 as usize];
+                if *leg == Leg::InFlight {
+                    *leg = Leg::Bits;
+                }
+            }
+        }
+        self.peers[at].unacked_bytes = 0;
+        self.peers[at].oldest_unacked = None;
+        self.generation_unknown_to = self.generation_unknown_to.without(slot);
+        self.promotion_lost_peer(slot, out);
+        // A follower applies everything it received: semi-sync completions counted on it.
+        self.pump_inbox(at, out);
+        self.orphan_progress(at, out);
+        self.check_all(out);
+        self.trim_window(out);
+        self.release_held(out);
+        self.pump_log(out);
+    }
+
+    /// Whatever of a dead session's frames may still be applied is; then its primary's unstable writes become
+    /// bits, and the next meeting may begin.
+    pub(crate) fn orphan_progress(&mut self, at: usize, out: &mut Actions) {
+        if !self.peers[at].inbox.orphan {
+            return;
+        }
+        // Async copies stop at the last stable position they were told: the rest is not theirs to apply.
+        if self.peers[at].inbox.begun.iter().all(|b| b.2) && !self.peers[at].inbox.queue.is_empty() {
+            self.drop_inbox(at, out);
+        }
+        let slot = self.peers[at].slot;
+        let open = self.ops.iter().any(|(_, op)| matches!(op, Op::Apply(op) if op.peer == slot));
+        if open || !self.peers[at].inbox.queue.is_empty() {
+            return;
+        }
+        if std::mem::take(&mut self.peers[at].was_primary) {
+            self.primary_gone(at, out);
+        }
+        self.peers[at].inbox.orphan = false;
+        self.greet_waiting(out);
+    }
+
+    /// Meetings that waited for something of ours to finish.
+    pub(crate) fn greet_waiting(&mut self, out: &mut Actions) {
+        for at in 0..self.peers.len() {
+            if let (Some(session), Relation::Greeting { sent: None, .. }) =
+                (self.peers[at].session, &self.peers[at].relation)
+            {
+                self.greet(at, session, out);
+            }
+        }
+    }
+
+    /// Received and not begun: never reaches this disk.
+    fn drop_inbox(&mut self, at: usize, out: &mut Actions) {
+        let queue: Vec<Received> = self.peers[at].inbox.queue.drain(..).collect();
+        for received in queue {
+            if let Received::Apply(key) = received
+                && let Op::Apply(op) = self.ops.remove(key)
+                && let Data::Buf { buf, .. } = op.data
+            {
+                out.push(Action::ReleaseBuf { buf });
+            }
+        }
+        self.peers[at].inbox.queued_bytes = 0;
+    }
+
+    /// The primary's link is gone: what may have been lost with its cache becomes bits toward it, and what
+    /// copies outside S may lack becomes bits toward them (D7, and "every promotable copy tracks").
+    fn primary_gone(&mut self, at: usize, _out: &mut Actions) {
+        let stable = self.peers[at].inbox.stable;
+        let entries: Vec<Entry> = self.window.iter().filter(|e| e.length > 0).copied().collect();
+        for entry in &entries {
+            for peer in 0..self.peers.len() {
+                if peer != at || entry.position > stable {
+                    self.set_bits(peer, entry.volume, entry.offset, entry.length);
+                }
+            }
+        }
+        for entry in self.window.clear() {
+            if entry.holds_log {
+                for extent in self.extents(entry.volume, entry.offset, entry.length) {
+                    self.log.release(extent);
+                }
+            }
+        }
+    }
+}

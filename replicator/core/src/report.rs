@@ -1,0 +1,114 @@
+//! What the core tells people: the status snapshot.
+
+use crate::api::*;
+use crate::peer::*;
+use crate::service::*;
+use crate::status::*;
+use holdfast_wire_format::ids::*;
+
+impl Core {
+    /// A snapshot of everything this copy knows of its service.
+    pub fn status(&self, now: Time) -> ServiceStatus {
+        ServiceStatus {
+            name: self.sb.service_name.clone(),
+            service: self.sb.service,
+            slot: self.slot,
+            role: self.role,
+            epoch: self.sb.epoch_gate,
+            state: self.sb.state,
+            generations: self.sb.generations.clone(),
+            position: self.issued,
+            stable_position: if self.role == Role::Primary { self.stable_position() } else { self.local_flushed },
+            in_sync: self.sb.in_sync,
+            in_sync_pending: self.sb.in_sync_pending,
+            on_peer_loss: self.sb.on_peer_loss,
+            parked: self.parked,
+            parked_reason: self.parked_reason(),
+            suspended: self.suspended,
+            unclean_start: self.unclean_start,
+            volumes: self
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(index, v)| VolumeStatus {
+                    index: VolumeIndex(index as u16),
+                    name: v.name.clone(),
+                    size: v.size,
+                    sector_size: v.sector_size,
+                    disk: v.disk,
+                })
+                .collect(),
+            peers: (0..self.peers.len()).map(|at| self.peer_status(at, now)).collect(),
+            hot_extents: self.log.hot_count(),
+            counters: self.counters,
+        }
+    }
+
+    fn parked_reason(&self) -> String {
+        if self.suspended {
+            return "client I/O is held by request".into();
+        }
+        if self.parked {
+            return format!("a member of S {:?} is missing and the policy is suspend", self.sb.in_sync);
+        }
+        if self.congestion_blocks() {
+            return "an asynchronous copy is over its bound and the policy is block".into();
+        }
+        String::new()
+    }
+
+    fn peer_status(&self, at: usize, now: Time) -> PeerStatus {
+        let peer = &self.peers[at];
+        let link = match peer.relation {
+            Relation::Down if !peer.wanted => LinkState::Off,
+            Relation::Down => LinkState::Connecting,
+            Relation::Refused => LinkState::Off,
+            Relation::Established => LinkState::Established,
+            Relation::Source | Relation::Target | Relation::Joining { .. } => LinkState::Resync,
+            _ => LinkState::Handshake,
+        };
+        PeerStatus {
+            slot: peer.slot,
+            node: peer.node,
+            mode: peer.mode,
+            link,
+            state: peer.their_state,
+            is_primary: peer.is_primary,
+            dirty_bytes: peer.dirty_bytes(),
+            unacknowledged_bytes: peer.unacked_bytes,
+            lag_ms: self.lag_ms(at),
+            resync: self.resync_status(at, now),
+            verify: (peer.verify.total_bytes > 0).then_some(VerifyStatus {
+                total_bytes: peer.verify.total_bytes,
+                done_bytes: peer.verify.done_bytes,
+                different_bytes: peer.verify.different_bytes,
+                running: peer.verify.running,
+            }),
+            handshake: peer.handshake.clone(),
+            last_error: peer.last_error.clone(),
+        }
+    }
+
+    fn resync_status(&self, at: usize, now: Time) -> Option<ResyncStatus> {
+        let peer = &self.peers[at];
+        let (is_source, done, left, started) = match peer.relation {
+            Relation::Source => (true, peer.source.done_bytes, peer.dirty_bytes(), peer.source.started),
+            Relation::Target => (false, peer.target.received_bytes, peer.dirty_bytes(), peer.target.started),
+            _ => return None,
+        };
+        let elapsed = now.ms_since(started);
+        let rate = if elapsed > 0 { done.saturating_mul(1000) / elapsed } else { 0 };
+        Some(ResyncStatus {
+            is_source,
+            total_bytes: if is_source { peer.source.total_bytes } else { done + left },
+            left_bytes: left,
+            done_bytes: done,
+            paused: peer.resync_paused,
+            started_ms_ago: elapsed,
+            rate,
+            // Only the source knows what is left; honest: nothing before there is a rate.
+            eta_ms: (is_source && rate > 0 && !peer.resync_paused).then(|| left.saturating_mul(1000) / rate),
+            undo_intact: self.undo_intact(),
+        })
+    }
+}

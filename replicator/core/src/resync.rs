@@ -1,0 +1,387 @@
+//! Resync: the source copies what the bits name, the target records Complete, S takes it in (D8).
+
+use crate::api::*;
+use crate::op::*;
+use crate::peer::*;
+use crate::service::*;
+use holdfast_wire_format::frame::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+
+/// Acknowledged but not yet durable bytes after which the target is asked to flush.
+const FLUSH_EVERY: u64 = 64 << 20;
+
+impl Core {
+    /// Reads and sends as much as the window allows.
+    pub(crate) fn pump_source(&mut self, at: usize, out: &mut Actions) {
+        if !matches!(self.peers[at].relation, Relation::Source) || self.failed {
+            return;
+        }
+        let held_back = self.peers[at].resync_paused;
+        while !held_back && self.peers[at].source.outstanding_bytes < self.tuning.resync_window_bytes {
+            let Some((volume, offset, length)) = self.next_chunk(at) else { break };
+            let Some(session) = self.peers[at].session else { return };
+            let source = &mut self.peers[at].source;
+            let sequence = source.next_sequence;
+            source.next_sequence += 1;
+            source.outstanding_bytes += u64::from(length);
+            source.chunks.push_back(Chunk {
+                sequence,
+                volume,
+                offset,
+                length,
+                state: ChunkState::Waiting,
+                redirtied: false,
+                buf: 0,
+            });
+            let slot = self.peers[at].slot;
+            let key = self.ops.insert(Op::ResyncRead { peer: slot, session: session.0, sequence });
+            // The chunk is read as if it were a write: no write to it is in flight meanwhile, so what is sent is
+            // what the disk holds, and what comes later is mirrored behind it (D8).
+            if self.overlap.insert(key, volume.0, offset, u64::from(length)) == 0 {
+                self.resync_read_ready(key, out);
+            }
+        }
+        self.source_progress(at, out);
+    }
+
+    /// The next run of dirty blocks that is not in a chunk, from the cursor; the cursor moves forward only,
+    /// and begins anew when a pass is over and nothing is outstanding.
+    fn next_chunk(&mut self, at: usize) -> Option<(VolumeIndex, u64, u32)> {
+        let most = self.tuning.resync_chunk_bytes;
+        let peer = &mut self.peers[at];
+        let (mut volume, mut bit) = peer.source.cursor;
+        while let Some(bitmap) = peer.bitmaps.get(volume) {
+            let shift = bitmap.grain_shift();
+            let max_bits = (u64::from(most) >> shift).max(1);
+            if let Some((first, bits)) = bitmap.next_run(bit, max_bits) {
+                let offset = first << shift;
+                let end = ((first + bits) << shift).min(self.volumes[volume].size);
+                // A block larger than a frame: one frame at a time is not enough, so the run is clipped to
+                // whole blocks and the frames are cut by the sender.
+                peer.source.cursor = (volume, first + bits);
+                return Some((VolumeIndex(volume as u16), offset, (end - offset) as u32));
+            }
+            volume += 1;
+            bit = 0;
+        }
+        peer.source.cursor = (volume, 0);
+        None
+    }
+
+    pub(crate) fn resync_read_ready(&mut self, key: usize, out: &mut Actions) {
+        let Some((at, chunk)) = self.chunk_of(key) else {
+            self.ops.remove(key);
+            return self.leave_overlap(key, out);
+        };
+        let buf = self.alloc_buf(self.peers[at].source.chunks[chunk].length, out);
+        let chunk = &mut self.peers[at].source.chunks[chunk];
+        chunk.state = ChunkState::Reading;
+        chunk.buf = buf.0;
+        let (volume, offset, length) = (chunk.volume, chunk.offset, chunk.length);
+        out.push(Action::DiskRead { op: OpId(key as u64), volume, offset, length, buf });
+    }
+
+    /// The peer and the index of the chunk an operation reads; none if the session ended.
+    fn chunk_of(&self, key: usize) -> Option<(usize, usize)> {
+        let Some(Op::ResyncRead { peer, session, sequence }) = self.ops.get(key) else { return None };
+        let at = self.peer_index(*peer)?;
+        if self.peers[at].session.map(|s| s.0) != Some(*session) {
+            return None;
+        }
+        let chunk = self.peers[at].source.chunks.iter().position(|c| c.sequence == *sequence)?;
+        Some((at, chunk))
+    }
+
+    pub(crate) fn resync_read_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+        if result.is_err() {
+            return self.disk_failed("a read for the resync failed", out);
+        }
+        let Some((at, chunk)) = self.chunk_of(key) else {
+            // The session ended while the disk worked: its buffer was released then.
+            self.ops.remove(key);
+            return self.leave_overlap(key, out);
+        };
+        let chunk = &self.peers[at].source.chunks[chunk];
+        let (buf, length) = (BufId(chunk.buf), chunk.length);
+        out.push(Action::IsZero { op: OpId(key as u64), buf, length });
+    }
+
+    /// Zeroes travel as a range; everything else as data.
+    pub(crate) fn zero_checked(&mut self, op: OpId, zero: bool, out: &mut Actions) {
+        let key = op.0 as usize;
+        let Some((at, chunk)) = self.chunk_of(key) else {
+            if self.ops.contains(key) {
+                self.ops.remove(key);
+                self.leave_overlap(key, out);
+            }
+            return;
+        };
+        let chunk = &mut self.peers[at].source.chunks[chunk];
+        chunk.state = ChunkState::Sent;
+        let (volume, offset, length, sequence, buf) =
+            (chunk.volume, chunk.offset, chunk.length, chunk.sequence, BufId(chunk.buf));
+        let mut header = self.header(if zero { FrameKind::ResyncZero } else { FrameKind::ResyncData });
+        header.volume = volume;
+        header.offset = offset;
+        header.length = length;
+        header.position = sequence;
+        let payload = if zero {
+            Payload::None
+        } else {
+            header.payload_length = length;
+            Payload::Buf { buf, crc_known: false }
+        };
+        self.counters.resync_bytes += u64::from(length);
+        self.send(at, header, payload, out);
+        out.push(Action::ReleaseBuf { buf });
+        self.ops.remove(key);
+        self.leave_overlap(key, out);
+        self.pump_source(at, out);
+    }
+
+    pub(crate) fn resync_ack(&mut self, at: usize, session: SessionId, runs: &[(u64, u64)], out: &mut Actions) {
+        if !self.peers[at].on(session) {
+            return;
+        }
+        let source = &mut self.peers[at].source;
+        for chunk in &mut source.chunks {
+            if chunk.state == ChunkState::Sent && runs.iter().any(|r| r.0 <= chunk.sequence && chunk.sequence <= r.1) {
+                chunk.state = ChunkState::Acked;
+                source.outstanding_bytes -= u64::from(chunk.length);
+                source.acked_unflushed_bytes += u64::from(chunk.length);
+                source.done_bytes += u64::from(chunk.length);
+            }
+        }
+        self.pump_source(at, out);
+    }
+
+    /// Asks for a flush when enough is acknowledged or nothing else is left to do; ends the resync.
+    fn source_progress(&mut self, at: usize, out: &mut Actions) {
+        let peer = &self.peers[at];
+        if !matches!(peer.relation, Relation::Source) {
+            return;
+        }
+        let pass_over = peer.source.cursor.0 >= self.volumes.len();
+        let source = &peer.source;
+        let idle = source.outstanding_bytes == 0 && (pass_over || peer.resync_paused);
+        if source.acked_unflushed_bytes > 0
+            && !source.flush_sent
+            && (source.acked_unflushed_bytes >= FLUSH_EVERY || idle)
+        {
+            self.peers[at].source.flush_sent = true;
+            // Outside the order: position 0.
+            let header = self.header(FrameKind::Flush);
+            return self.send(at, header, Payload::None, out);
+        }
+        if !pass_over || source.outstanding_bytes > 0 || !source.chunks.is_empty() || source.done_sent {
+            return;
+        }
+        if peer.dirty_bits() > 0 {
+            // Written meanwhile and not mirrored: another pass.
+            if !peer.resync_paused {
+                self.peers[at].source.cursor = (0, 0);
+                self.pump_source(at, out);
+            }
+            return;
+        }
+        self.peers[at].source.done_sent = true;
+        self.peers[at].source.done_position = self.issued;
+        let mut header = self.header(FrameKind::ResyncDone);
+        header.position = self.issued;
+        let body = Body::ResyncDone { position: self.issued };
+        self.send(at, header, Payload::Body(body), out);
+    }
+
+    /// Everything up to this sequence is durable at the target: now its bits may go (D8), unless written since.
+    pub(crate) fn resync_flushed(&mut self, at: usize, session: SessionId, through: u64, out: &mut Actions) {
+        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::Source) {
+            return;
+        }
+        self.peers[at].source.flush_sent = false;
+        while let Some(chunk) = self.peers[at].source.chunks.front() {
+            if chunk.sequence > through || chunk.state != ChunkState::Acked {
+                break;
+            }
+            let Some(chunk) = self.peers[at].source.chunks.pop_front() else { break };
+            self.peers[at].source.acked_unflushed_bytes -= u64::from(chunk.length);
+            if !chunk.redirtied {
+                self.peers[at].bitmaps[chunk.volume.0 as usize].clear(chunk.offset, u64::from(chunk.length));
+            }
+        }
+        self.pump_source(at, out);
+    }
+
+    /// The session of a source ended: buffers back, bits stay.
+    pub(crate) fn source_ended(&mut self, at: usize, out: &mut Actions) {
+        let source = std::mem::take(&mut self.peers[at].source);
+        for chunk in source.chunks {
+            // What the disk still reads is released here too: the shell keeps it until the disk answers.
+            if chunk.state == ChunkState::Reading {
+                out.push(Action::ReleaseBuf { buf: BufId(chunk.buf) });
+            }
+        }
+    }
+
+    // --- the target's end ---
+
+    pub(crate) fn resync_done_received(&mut self, at: usize, position: Position, out: &mut Actions) {
+        if !matches!(self.peers[at].relation, Relation::Target) {
+            self.bad_frame(at, "the end of a resync that is not running", out);
+            return;
+        }
+        self.peers[at].target.done_position = position;
+        self.peers[at].inbox.queue.push_back(Received::ResyncDone { position });
+        self.pump_inbox(at, out);
+    }
+
+    /// Everything before ResyncDone is durable here: record Complete, in the source's generation.
+    pub(crate) fn complete_flushed(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::Target) {
+            return;
+        }
+        self.issued = self.issued.max(self.peers[at].target.done_position);
+        self.local_flushed = self.local_flushed.max(self.peers[at].target.done_position);
+        self.sb.state = CopyState::Complete;
+        self.sb.target_of = GenerationId(0);
+        self.sb.flags.rolled_back = false;
+        self.sb.flags.zeroed = false;
+        self.sb.generations = self.peers[at].their_generations.clone();
+        self.sb.generations_cut = self.peers[at].their_generations_cut;
+        for volume in &mut self.volumes {
+            volume.blank = false;
+        }
+        self.sb.volume_disks = self.volumes.iter().map(|v| v.disk).collect();
+        self.was_primary_before = false;
+        self.sb.flags.was_primary = false;
+        self.unclean_start = false;
+        self.commit(Then::CompleteStored { peer: at, session }, out);
+    }
+
+    pub(crate) fn complete_stored(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        // Equal now: our bits toward the source name nothing any more.
+        for bitmap in &mut self.peers[at].bitmaps {
+            bitmap.clear_all();
+        }
+        if !self.peers[at].on(session) {
+            return;
+        }
+        self.peers[at].relation = Relation::Established;
+        self.peers[at].flushed = self.issued;
+        if self.peers[at].their_mode == Mode::Async {
+            // An async copy is never in S: its undo ends here.
+            self.undo_drop(out);
+        }
+        let slot = self.peers[at].slot;
+        self.notice(Level::Info, "resync-complete", Some(slot), "all blocks are here and durable".into(), out);
+        self.send_body(at, FrameKind::CompleteAck, Body::Empty, out);
+    }
+
+    // --- joining S ---
+
+    pub(crate) fn complete_ack(&mut self, at: usize, _session: SessionId, out: &mut Actions) {
+        if !matches!(self.peers[at].relation, Relation::Source) || !self.peers[at].source.done_sent {
+            self.bad_frame(at, "Complete out of turn", out);
+            return;
+        }
+        let slot = self.peers[at].slot;
+        let record = self.peers[at].record;
+        self.sb.peers[record].full_copy = false;
+        self.peers[at].full_copy = false;
+        if self.peers[at].dirty_bits() > 0 {
+            // A write that could not be mirrored came after ResyncDone: another round.
+            return self.meet_again(at, "writes came at the end of the resync", out);
+        }
+        let generation = self.generation();
+        let known = &mut self.sb.peers[record];
+        known.bitmap_base = generation;
+        // Complete was recorded with at least this position: a lower one later means an old disk.
+        known.known_durable_generation = generation;
+        known.known_durable_position = self.peers[at].source.done_position;
+        self.peers[at].source = SourceState::default();
+        self.notice(Level::Info, "resync-finished", Some(slot), "the target holds every block".into(), out);
+        if self.peers[at].mode == Mode::Async {
+            self.peers[at].relation = Relation::Established;
+            self.peers[at].their_state = Some(CopyState::Complete);
+            return self.trim_window(out);
+        }
+        self.begin_join(at, out);
+    }
+
+    /// From here on every completion needs this copy's acknowledgement; when what was issued before has it
+    /// too, S is committed with it.
+    pub(crate) fn begin_join(&mut self, at: usize, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        self.peers[at].relation = Relation::Joining { through: self.issued, committing: false };
+        self.sb.in_sync_pending = self.sb.in_sync.with(slot);
+        self.joining_progress(at, out);
+    }
+
+    pub(crate) fn joining_progress(&mut self, at: usize, out: &mut Actions) {
+        let Relation::Joining { through, committing: false } = self.peers[at].relation else { return };
+        let Some(session) = self.peers[at].session else { return };
+        if self.peers[at].oldest_unacked.is_some_and(|p| p <= through) {
+            return;
+        }
+        let slot = self.peers[at].slot;
+        self.peers[at].relation = Relation::Joining { through, committing: true };
+        self.sb.in_sync = self.sb.in_sync.with(slot);
+        self.sb.flags.solo = false;
+        self.sb.in_sync_version += 1;
+        // Durable here before the copy hears of it.
+        self.commit(Then::Joined { peer: at, session }, out);
+    }
+
+    pub(crate) fn joined(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        self.sb.in_sync_pending = self.sb.in_sync;
+        self.sb.flags.solo = false;
+        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::Joining { .. }) {
+            return;
+        }
+        self.peers[at].relation = Relation::Established;
+        // What had bits toward it was copied before it completed.
+        let keys: Vec<u32> = self.window.iter().map(|e| e.op).filter(|op| *op != NO_OP).collect();
+        for key in keys {
+            if let Some(Op::Client(op)) = self.ops.get_mut(key as usize)
+                && op.legs[slot.0 as usize] == Leg::Bits
+            {
+                op.legs[slot.0 as usize] = Leg::Acked;
+            }
+        }
+        self.parked = false;
+        self.tell_in_sync(at, out);
+        self.notice(Level::Info, "in-sync", Some(slot), format!("S is {:?}", self.sb.in_sync), out);
+        self.check_all(out);
+    }
+
+    pub(crate) fn tell_in_sync(&mut self, at: usize, out: &mut Actions) {
+        let body = Body::InSync { set: self.sb.in_sync, version: self.sb.in_sync_version };
+        self.peers[at].their_state = Some(CopyState::UpToDate);
+        self.send_body(at, FrameKind::InSync, body, out);
+    }
+
+    /// The session ended while the copy was joining. If S with it may be durable it stays in S.
+    pub(crate) fn join_abandoned(&mut self, at: usize, _out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        if !self.sb.in_sync.contains(slot) {
+            self.sb.in_sync_pending = self.sb.in_sync;
+        }
+    }
+
+    pub(crate) fn in_sync_told(&mut self, at: usize, set: SlotSet, version: u64, out: &mut Actions) {
+        if !matches!(self.peers[at].relation, Relation::Established) || self.is_primary_like() {
+            self.bad_frame(at, "S was told out of turn", out);
+            return;
+        }
+        self.sb.in_sync = set;
+        self.sb.in_sync_pending = set;
+        self.sb.in_sync_version = version;
+        if set.contains(self.slot) && self.sb.state == CopyState::Complete {
+            self.sb.state = CopyState::UpToDate;
+        }
+        let slot = self.peers[at].slot;
+        self.notice(Level::Info, "up-to-date", Some(slot), format!("this copy is in S {set:?}"), out);
+        self.commit(Then::InSyncStored, out);
+    }
+}

@@ -1,0 +1,638 @@
+//! Who is primary: promotion, demotion, the loss of a member of S, the failure of the own disk.
+
+use crate::api::*;
+use crate::handshake::{self, PromotionKind};
+use crate::op::*;
+use crate::peer::*;
+use crate::service::*;
+use holdfast_wire_format::frame::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+
+/// How long a promotion waits for a meeting under way to end, in ms.
+const PROMOTION_WAIT_MS: u64 = 5000;
+
+pub(crate) fn refusal(what: impl Into<String>, kept: impl Into<String>, next: impl Into<String>) -> Refusal {
+    Refusal { what: what.into(), kept: kept.into(), next: next.into() }
+}
+
+/// A promotion somebody asked for that waits for the facts it needs.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct WantedPromotion {
+    pub admin: AdminId,
+    pub force: bool,
+    pub since: Time,
+    /// A connected primary was heard after the request: it lives.
+    pub primary_heard: bool,
+}
+
+impl Core {
+    // --- promotion ---
+
+    pub(crate) fn want_promotion(&mut self, admin: AdminId, force: bool, out: &mut Actions) {
+        let already = self.promotion_wanted.is_some() || self.promotion.is_some();
+        if self.role == Role::Primary || already || self.role != Role::Secondary {
+            let refusal = refusal(
+                if self.role == Role::Primary { "this copy is primary already" } else { "a change of role is under way" },
+                "Nothing was changed",
+                "Look at the status in a moment",
+            );
+            return out.push(Action::AdminDone { admin, result: Err(refusal) });
+        }
+        let since = self.now;
+        self.promotion_wanted = Some(WantedPromotion { admin, force, since, primary_heard: false });
+        self.try_promotion(out);
+    }
+
+    /// Goes on with a wanted promotion as soon as nothing is in between.
+    pub(crate) fn try_promotion(&mut self, out: &mut Actions) {
+        let Some(wanted) = self.promotion_wanted else { return };
+        if self.role != Role::Secondary {
+            return;
+        }
+        let refuse = |core: &mut Core, refusal: Refusal, out: &mut Actions| {
+            core.promotion_wanted = None;
+            out.push(Action::AdminDone { admin: wanted.admin, result: Err(refusal) });
+        };
+        if self.failed {
+            return refuse(
+                self,
+                refusal("the disk of this copy failed", "The other copies are untouched", "Promote another copy"),
+                out,
+            );
+        }
+        if let Some(primary) = self.peers.iter().find(|p| p.is_primary && p.session.is_some()) {
+            // A silent one may be dead: the link says so within a second. One that speaks is alive.
+            if wanted.primary_heard {
+                let slot = primary.slot.0;
+                return refuse(
+                    self,
+                    refusal(
+                        format!("copy {slot} is primary and connected"),
+                        "It goes on serving",
+                        "Demote it first, then promote this copy",
+                    ),
+                    out,
+                );
+            }
+            return;
+        }
+        let filling = self.peers.iter().find(|p| matches!(p.relation, Relation::Target | Relation::TargetPreparing));
+        if let Some(source) = filling {
+            let slot = source.slot.0;
+            return refuse(
+                self,
+                refusal(
+                    format!("this copy is being filled by copy {slot}, which is connected"),
+                    "Nothing was changed",
+                    format!("Wait for the resync to end, or promote copy {slot}"),
+                ),
+                out,
+            );
+        }
+        let unsettled = self.peers.iter().any(|p| {
+            p.session.is_some()
+                && !matches!(p.relation, Relation::Established | Relation::Source | Relation::Refused)
+        });
+        if unsettled {
+            if self.now.ms_since(wanted.since) > PROMOTION_WAIT_MS {
+                refuse(
+                    self,
+                    refusal("a meeting with another copy does not end", "Nothing was changed", "Look at the status and try again"),
+                    out,
+                );
+            }
+            return;
+        }
+        // Everything received is applied first (an older primary's writes must not land later).
+        if self.applying() || self.commit_pending() {
+            return;
+        }
+        let connected: SlotSet = self
+            .peers
+            .iter()
+            .filter(|p| p.session.is_some() && matches!(p.relation, Relation::Established | Relation::Source))
+            .fold(SlotSet::EMPTY, |set, p| set.with(p.slot));
+        let facts = self.own_facts();
+        let members_connected = self.sb.in_sync.without(self.slot).iter().all(|s| connected.contains(s));
+        let in_s = self.sb.in_sync.contains(self.slot);
+        let whole = self.sb.state == CopyState::UpToDate || (self.sb.state == CopyState::Complete && in_s);
+        let allowed = if !connected.is_empty() && members_connected && whole && in_s {
+            Ok(handshake::Promotion { kind: PromotionKind::Planned, may_lose: String::new() })
+        } else {
+            handshake::may_promote(&facts, None, None, wanted.force)
+        };
+        match allowed {
+            Err(refusal) => refuse(self, refusal, out),
+            Ok(promotion) => {
+                self.promotion_wanted = None;
+                self.start_promotion(wanted.admin, &promotion, connected, out);
+            }
+        }
+    }
+
+    fn start_promotion(
+        &mut self,
+        admin: AdminId,
+        allowed: &handshake::Promotion,
+        connected: SlotSet,
+        out: &mut Actions,
+    ) {
+        let epoch = Epoch { number: self.sb.epoch_gate.number + 1, owner: self.slot.0 };
+        self.role = Role::Promoting;
+        let mut reason = format!("{:?}", allowed.kind);
+        if !allowed.may_lose.is_empty() {
+            reason = format!("{reason}; this may lose {}", allowed.may_lose);
+        }
+        let text = format!("epoch {} for this copy: {reason}", epoch.number);
+        self.notice(Level::Info, "promoting", None, text, out);
+        self.promotion = Some(Promotion {
+            admin,
+            epoch,
+            force: allowed.is_forced(),
+            waiting_for: connected,
+            agreed: SlotSet::EMPTY,
+            committed: false,
+            reason,
+        });
+        if allowed.kind == PromotionKind::ForcedAfterRollback {
+            return self.undo_rollback(out);
+        }
+        self.ask_for_epoch(out);
+    }
+
+    /// Every connected copy raises its gate first, so that nothing older is accepted there any more.
+    pub(crate) fn ask_for_epoch(&mut self, out: &mut Actions) {
+        let Some(promotion) = &self.promotion else { return };
+        let (epoch, waiting) = (promotion.epoch, promotion.waiting_for);
+        for at in 0..self.peers.len() {
+            if waiting.contains(self.peers[at].slot) {
+                self.send_body(at, FrameKind::PromoteRequest, Body::PromoteRequest { epoch }, out);
+            }
+        }
+        self.promotion_progress(out);
+    }
+
+    pub(crate) fn promotion_progress(&mut self, out: &mut Actions) {
+        let Some(promotion) = &mut self.promotion else { return };
+        if !promotion.waiting_for.is_empty() || promotion.committed {
+            return;
+        }
+        promotion.committed = true;
+        let (epoch, force, agreed) = (promotion.epoch, promotion.force, promotion.agreed);
+        self.sb.epoch_gate = epoch;
+        self.sb.flags.was_primary = true;
+        self.sb.flags.zeroed = false;
+        self.sb.state = CopyState::UpToDate;
+        self.sb.target_of = GenerationId(0);
+        let cause = if force { GenerationCause::Force } else { GenerationCause::Promotion };
+        self.new_generation(cause);
+        // Copies that did not agree leave S durably before this copy serves (they are unreachable).
+        let mut in_sync = SlotSet::only(self.slot);
+        for slot in self.sb.in_sync.iter() {
+            if agreed.contains(slot) {
+                in_sync = in_sync.with(slot);
+            }
+        }
+        if in_sync != self.sb.in_sync {
+            self.sb.in_sync_version += 1;
+        }
+        self.sb.in_sync = in_sync;
+        self.sb.in_sync_pending = in_sync;
+        self.sb.flags.solo = in_sync == SlotSet::only(self.slot);
+        self.sb.volume_disks = self.volumes.iter().map(|v| v.disk).collect();
+        for volume in &mut self.volumes {
+            volume.blank = false;
+        }
+        self.commit(Then::Promoted, out);
+    }
+
+    pub(crate) fn promotion_durable(&mut self, out: &mut Actions) {
+        if self.role != Role::Promoting {
+            return;
+        }
+        if let Some(generation) = self.sb.generations.last().copied() {
+            self.announce_generation(generation, out);
+        }
+        self.promotion_known(out);
+    }
+
+    /// D10: serve once every connected copy holds the generation.
+    pub(crate) fn promotion_known(&mut self, out: &mut Actions) {
+        if self.role != Role::Promoting || !self.generation_unknown_to.is_empty() || self.commit_pending() {
+            return;
+        }
+        let Some(promotion) = self.promotion.take_if(|p| p.committed) else { return };
+        self.role = Role::Primary;
+        self.completed_max = self.issued;
+        self.undo_drop(out);
+        self.last_stable_flush = self.now;
+        let text = format!("primary in epoch {} ({})", promotion.epoch.number, promotion.reason);
+        self.notice(Level::Info, "primary", None, text.clone(), out);
+        out.push(Action::RoleChanged { role: Role::Primary, epoch: promotion.epoch });
+        out.push(Action::AdminDone { admin: promotion.admin, result: Ok(text) });
+        for at in 0..self.peers.len() {
+            self.peers[at].is_primary = false;
+            if !matches!(self.peers[at].relation, Relation::Established) {
+                continue;
+            }
+            self.peers[at].flushed = self.issued;
+            if self.peers[at].dirty_bits() > 0 {
+                self.meet_again(at, "this copy became primary and holds blocks the other may lack", out);
+            } else if self.peers[at].mode != Mode::Async && !self.sb.in_sync.contains(self.peers[at].slot) {
+                self.begin_join(at, out);
+            }
+        }
+        self.greet_waiting(out);
+    }
+
+    /// Another copy wants to be promoted.
+    pub(crate) fn promote_request(&mut self, at: usize, session: SessionId, epoch: Epoch, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        let settled = matches!(self.peers[at].relation, Relation::Established | Relation::Target);
+        let mut reason = String::new();
+        if epoch.owner != slot.0 {
+            reason = format!("copy {} asks for an epoch of copy {}", slot.0, epoch.owner);
+        } else if !settled {
+            reason = format!("this copy is {}", self.peers[at].relation.name());
+        } else if matches!(self.role, Role::Primary | Role::Demoting) {
+            reason = "this copy is primary".into();
+        } else if self.role == Role::Promoting && (self.slot < slot || self.promotion.as_ref().is_some_and(|p| p.committed)) {
+            // Two at once: the lower slot goes on.
+            reason = "this copy is being promoted".into();
+        } else if epoch.number <= self.sb.epoch_gate.number {
+            reason = format!("epoch {} was accepted already", self.sb.epoch_gate.number);
+        }
+        if !reason.is_empty() {
+            let body = Body::PromoteReply { epoch, accepted: false, reason };
+            return self.send_body(at, FrameKind::PromoteReply, body, out);
+        }
+        if self.role == Role::Promoting {
+            self.cancel_promotion("another copy with a lower slot is being promoted", out);
+        }
+        self.sb.epoch_gate = epoch;
+        self.commit(Then::GateRaised { peer: at, session, epoch }, out);
+    }
+
+    pub(crate) fn gate_raised(&mut self, at: usize, session: SessionId, epoch: Epoch, out: &mut Actions) {
+        if self.peers[at].on(session) {
+            let body = Body::PromoteReply { epoch, accepted: true, reason: String::new() };
+            self.send_body(at, FrameKind::PromoteReply, body, out);
+        }
+    }
+
+    pub(crate) fn promote_reply(&mut self, at: usize, epoch: Epoch, accepted: bool, reason: &str, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        let Some(promotion) = &mut self.promotion else { return };
+        if promotion.epoch != epoch || !promotion.waiting_for.contains(slot) {
+            return;
+        }
+        if !accepted {
+            let text = format!("copy {} refuses: {reason}", slot.0);
+            return self.cancel_promotion(&text, out);
+        }
+        promotion.waiting_for = promotion.waiting_for.without(slot);
+        promotion.agreed = promotion.agreed.with(slot);
+        self.promotion_progress(out);
+    }
+
+    pub(crate) fn cancel_promotion(&mut self, why: &str, out: &mut Actions) {
+        let Some(promotion) = self.promotion.take() else { return };
+        self.role = Role::Secondary;
+        self.notice(Level::Warning, "promotion-cancelled", None, why.to_owned(), out);
+        let refusal = refusal(why, "No copy was promoted and no data changed", "Look at the status and try again");
+        out.push(Action::AdminDone { admin: promotion.admin, result: Err(refusal) });
+        self.greet_waiting(out);
+    }
+
+    /// A copy whose agreement a promotion waits for is gone: begin anew with what is left.
+    pub(crate) fn promotion_lost_peer(&mut self, slot: Slot, out: &mut Actions) {
+        if let Some(promotion) = &self.promotion
+            && !promotion.committed
+            && (promotion.waiting_for.contains(slot) || promotion.agreed.contains(slot))
+        {
+            return self.cancel_promotion(&format!("copy {} was lost meanwhile", slot.0), out);
+        }
+        self.promotion_known(out);
+        self.try_promotion(out);
+    }
+
+    // --- generations ---
+
+    /// Tells a new generation to every copy that takes frames; nothing completes before they hold it (D10).
+    pub(crate) fn announce_generation(&mut self, generation: Generation, out: &mut Actions) {
+        for at in 0..self.peers.len() {
+            let takes_frames = matches!(
+                self.peers[at].relation,
+                Relation::Established | Relation::Joining { .. } | Relation::Source | Relation::SourceStarting
+            );
+            if takes_frames {
+                self.generation_unknown_to = self.generation_unknown_to.with(self.peers[at].slot);
+                self.send_body(at, FrameKind::NewGeneration, Body::NewGeneration { generation }, out);
+            }
+        }
+    }
+
+    pub(crate) fn generation_told(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        header: &FrameHeader,
+        generation: Generation,
+        out: &mut Actions,
+    ) {
+        let slot = self.peers[at].slot;
+        let newer = header.epoch.number > self.sb.epoch_gate.number
+            || (header.epoch == self.sb.epoch_gate && header.epoch.owner == slot.0);
+        if !newer || self.is_primary_like() {
+            self.bad_frame(at, "a generation of a copy that is not the owner of the epoch", out);
+            return;
+        }
+        self.sb.epoch_gate = header.epoch;
+        for (other, peer) in self.peers.iter_mut().enumerate() {
+            peer.is_primary = other == at;
+        }
+        self.peers[at].their_generations.push(generation);
+        match self.peers[at].relation {
+            Relation::Target | Relation::TargetPreparing => {
+                // Recorded with Complete; until then this copy is a target of the source's line anyway.
+                self.sb.target_of = generation.id;
+                self.commit(Then::GenerationStored { peer: at, session, generation: generation.id }, out);
+            }
+            Relation::Established => {
+                if generation.parent != self.generation() {
+                    self.bad_frame(at, "a generation that does not grow from ours", out);
+                    return;
+                }
+                self.push_generation(generation);
+                self.commit(Then::GenerationStored { peer: at, session, generation: generation.id }, out);
+            }
+            _ => {
+                self.bad_frame(at, "a generation out of turn", out);
+            }
+        }
+    }
+
+    pub(crate) fn generation_stored(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        generation: GenerationId,
+        out: &mut Actions,
+    ) {
+        if self.peers[at].on(session) {
+            self.send_body(at, FrameKind::GenerationAck, Body::GenerationAck { generation }, out);
+        }
+    }
+
+    pub(crate) fn generation_ack(&mut self, at: usize, generation: GenerationId, out: &mut Actions) {
+        if generation != self.generation() {
+            return;
+        }
+        let slot = self.peers[at].slot;
+        if matches!(self.peers[at].relation, Relation::Established | Relation::Joining { .. }) {
+            let record = self.peers[at].record;
+            self.sb.peers[record].bitmap_base = generation;
+        }
+        self.generation_unknown_to = self.generation_unknown_to.without(slot);
+        if self.generation_unknown_to.is_empty() {
+            self.promotion_known(out);
+            self.check_all(out);
+        }
+    }
+
+    // --- the loss of a member of S ---
+
+    /// A completion needs a copy that lacks the write.
+    pub(crate) fn required_leg_missing(&mut self, out: &mut Actions) {
+        if self.dropping || self.role != Role::Primary {
+            return;
+        }
+        let missing: SlotSet = self
+            .peers
+            .iter()
+            .filter(|p| {
+                self.required().contains(p.slot)
+                    && !matches!(
+                        p.relation,
+                        Relation::Established | Relation::Joining { .. } | Relation::SourceStarting
+                    )
+            })
+            .fold(SlotSet::EMPTY, |set, p| set.with(p.slot));
+        if missing.is_empty() {
+            return;
+        }
+        if self.sb.on_peer_loss == OnPeerLoss::Suspend {
+            if !self.parked {
+                self.parked = true;
+                let text = format!(
+                    "writes are parked: {missing:?} of S cannot be reached and the policy is suspend; \
+                     they complete when it returns, or end with an error at demotion"
+                );
+                self.notice(Level::Error, "parked", None, text, out);
+            }
+            return;
+        }
+        // D1: S without the lost copy, and a new generation, durably, before anything completes without it.
+        self.dropping = true;
+        for slot in missing.iter() {
+            self.sb.in_sync = self.sb.in_sync.without(slot);
+            self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
+        }
+        self.sb.in_sync = self.sb.in_sync.with(self.slot);
+        self.sb.in_sync_version += 1;
+        self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
+        let generation = self.new_generation(GenerationCause::PeerLost);
+        self.announce_generation(generation, out);
+        let text = format!("S is {:?} without {missing:?}: degraded, the service goes on", self.sb.in_sync);
+        self.notice(Level::Error, "peer-dropped", None, text, out);
+        self.commit(Then::PeerDropped, out);
+    }
+
+    pub(crate) fn peer_dropped(&mut self, out: &mut Actions) {
+        self.dropping = false;
+        self.check_all(out);
+    }
+
+    // --- the end of being primary ---
+
+    pub(crate) fn demote(&mut self, admin: Option<AdminId>, out: &mut Actions) {
+        if self.role != Role::Primary {
+            if let Some(admin) = admin {
+                let result = if self.role == Role::Secondary {
+                    Ok("this copy is secondary".to_owned())
+                } else {
+                    Err(refusal("a change of role is under way", "Nothing was changed", "Look at the status in a moment"))
+                };
+                out.push(Action::AdminDone { admin, result });
+            }
+            return;
+        }
+        self.role = Role::Demoting;
+        self.demotion = Some(admin);
+        self.demote_flush_sent = false;
+        out.push(Action::RoleChanged { role: Role::Demoting, epoch: self.sb.epoch_gate });
+        self.notice(Level::Info, "demoting", None, "finishing what is in flight".into(), out);
+        self.end_client_io(Status::NotPrimary, true, out);
+        self.demotion_progress(out);
+    }
+
+    /// What is in flight ends; then one flush everywhere; then the record.
+    pub(crate) fn demotion_progress(&mut self, out: &mut Actions) {
+        if self.role != Role::Demoting || self.failed {
+            return;
+        }
+        if self.parked_in_demotion() {
+            self.end_client_io(Status::Io, true, out);
+        }
+        if self.client_in_flight() || !self.generation_unknown_to.is_empty() || self.dropping {
+            return;
+        }
+        if !self.demote_flush_sent {
+            self.demote_flush_sent = true;
+            return self.begin_demote_flush(out);
+        }
+        if self.demotion_recording {
+            return;
+        }
+        self.demotion_recording = true;
+        for at in 0..self.peers.len() {
+            // Whoever did not flush all of it (an async copy) gets bits for the rest.
+            if self.peers[at].flushed < self.issued {
+                self.unstable_becomes_bits(at);
+            }
+        }
+        self.release_window(out);
+        self.sb.flags.was_primary = false;
+        self.commit(Then::Demoted, out);
+    }
+
+    fn parked_in_demotion(&self) -> bool {
+        self.ops.iter().any(|(_, op)| matches!(op, Op::Client(op) if !op.replied && op.legs.contains(&Leg::Bits)))
+    }
+
+    pub(crate) fn demotion_flushed(&mut self, out: &mut Actions) {
+        self.demotion_progress(out);
+    }
+
+    pub(crate) fn demotion_durable(&mut self, out: &mut Actions) {
+        if self.role != Role::Demoting {
+            return;
+        }
+        self.demotion_recording = false;
+        self.role = Role::Secondary;
+        let position = self.issued;
+        for at in 0..self.peers.len() {
+            match self.peers[at].relation {
+                Relation::Established if self.peers[at].flushed >= position => {
+                    let mut header = self.header(FrameKind::Demoted);
+                    header.position = position;
+                    self.send(at, header, Payload::None, out);
+                }
+                Relation::Down | Relation::Refused | Relation::Greeting { .. } => {}
+                _ => self.meet_again(at, "this copy is not primary any more", out),
+            }
+        }
+        out.push(Action::RoleChanged { role: Role::Secondary, epoch: self.sb.epoch_gate });
+        self.notice(Level::Info, "secondary", None, format!("demoted at position {position}"), out);
+        if let Some(Some(admin)) = self.demotion.take() {
+            let result = Ok(format!("secondary; everything up to position {position} is flushed"));
+            out.push(Action::AdminDone { admin, result });
+        }
+        self.greet_waiting(out);
+        self.detach_progress(out);
+        self.try_promotion(out);
+    }
+
+    pub(crate) fn peer_demoted(&mut self, at: usize, position: Position, out: &mut Actions) {
+        if !self.peers[at].is_primary {
+            self.bad_frame(at, "a copy that is not primary says it was demoted", out);
+            return;
+        }
+        self.peers[at].inbox.stable = position;
+        self.pump_inbox(at, out);
+        self.trim_window(out);
+        self.peers[at].is_primary = false;
+        self.peers[at].flushed = self.issued;
+        let slot = self.peers[at].slot;
+        self.notice(Level::Info, "peer-demoted", Some(slot), format!("at position {position}"), out);
+        self.try_promotion(out);
+    }
+
+    /// Superseded: a newer epoch exists. Nothing completes any more, nothing is flushed first.
+    pub(crate) fn stop_being_primary(&mut self, out: &mut Actions) {
+        if self.role == Role::Promoting {
+            return self.cancel_promotion("a newer epoch exists", out);
+        }
+        if !matches!(self.role, Role::Primary | Role::Demoting) {
+            return;
+        }
+        self.role = Role::Secondary;
+        self.demotion_recording = false;
+        self.was_primary_before = true;
+        self.dropping = false;
+        self.generation_unknown_to = SlotSet::EMPTY;
+        self.end_client_io(Status::NotPrimary, false, out);
+        for at in 0..self.peers.len() {
+            if matches!(self.peers[at].relation, Relation::Established | Relation::Joining { .. } | Relation::Source) {
+                self.unstable_becomes_bits(at);
+            }
+        }
+        self.release_window(out);
+        out.push(Action::RoleChanged { role: Role::Secondary, epoch: self.sb.epoch_gate });
+        if let Some(Some(admin)) = self.demotion.take() {
+            out.push(Action::AdminDone { admin, result: Ok("secondary: a newer epoch took over".into()) });
+        }
+    }
+
+    /// Forgets the window; its entries have bits wherever they may be missing.
+    pub(crate) fn release_window(&mut self, out: &mut Actions) {
+        for entry in self.window.clear() {
+            if entry.holds_log && entry.length > 0 {
+                for extent in self.extents(entry.volume, entry.offset, entry.length) {
+                    self.log.release(extent);
+                }
+            }
+        }
+        self.pump_log(out);
+    }
+
+    // --- the own disk ---
+
+    /// The disk under this copy failed: nothing it says counts any more (D14).
+    pub(crate) fn disk_failed(&mut self, what: &str, out: &mut Actions) {
+        if self.failed {
+            return;
+        }
+        self.failed = true;
+        self.sb.state = CopyState::Failed;
+        let text = format!(
+            "{what}: this copy is out of service, its data counts as lost until the disk is replaced; \
+             promote another copy"
+        );
+        self.notice(Level::Error, "disk-failed", None, text, out);
+        self.end_client_io(Status::Io, false, out);
+        for at in 0..self.peers.len() {
+            self.close(at, GoodbyeCode::DiskFailed, what, false, out);
+        }
+        if matches!(self.role, Role::Primary | Role::Demoting | Role::Promoting) {
+            self.role = Role::Secondary;
+            out.push(Action::RoleChanged { role: Role::Secondary, epoch: self.sb.epoch_gate });
+        }
+        if let Some(promotion) = self.promotion.take() {
+            let refusal = refusal(what, "No copy was promoted", "Promote another copy");
+            out.push(Action::AdminDone { admin: promotion.admin, result: Err(refusal) });
+        }
+        if let Some(wanted) = self.promotion_wanted.take() {
+            let refusal = refusal(what, "No copy was promoted", "Promote another copy");
+            out.push(Action::AdminDone { admin: wanted.admin, result: Err(refusal) });
+        }
+        if let Some(Some(admin)) = self.demotion.take() {
+            out.push(Action::AdminDone { admin, result: Ok("secondary: its disk failed".into()) });
+        }
+        if let Some(admin) = self.detaching.take() {
+            self.role = Role::Detached;
+            out.push(Action::AdminDone { admin, result: Ok("detached: its disk failed".into()) });
+        }
+    }
+}

@@ -1,0 +1,433 @@
+//! What is durable where: local flushes, the stable position, the window, dirty bits, the activity log.
+
+use crate::api::*;
+use crate::bitmap::{AfterPage, DirtyBitmap};
+use crate::op::*;
+use crate::peer::*;
+use crate::service::*;
+use holdfast_wire_format::activity_log::ExtentKey;
+use holdfast_wire_format::bitmap_page;
+use holdfast_wire_format::frame::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+
+/// Unstable bytes and entries after which a flush is asked for even if nobody waits.
+const WINDOW_BYTES: u64 = 64 << 20;
+const WINDOW_ENTRIES: usize = 16384;
+
+impl Core {
+    // --- local flushes ---
+
+    pub(crate) fn flush_locally(&mut self, waiter: FlushFor, out: &mut Actions) {
+        self.flush.waiting.push(waiter);
+        self.pump_flush(out);
+    }
+
+    fn pump_flush(&mut self, out: &mut Actions) {
+        if self.flush.left > 0 || self.flush.waiting.is_empty() || self.failed {
+            return;
+        }
+        self.flush.round += 1;
+        self.flush.failed = false;
+        self.flush.running = std::mem::take(&mut self.flush.waiting);
+        // A flush covers what the disk had answered when it began, nothing later.
+        self.flush.covers = self.held_position();
+        let round = self.flush.round;
+        for at in 0..self.volumes.len() {
+            if std::mem::take(&mut self.volumes[at].unflushed) {
+                self.flush.left += 1;
+                let op = OpId(self.ops.insert(Op::LocalFlush { round }) as u64);
+                out.push(Action::DiskFlush { op, volume: VolumeIndex(at as u16) });
+            }
+        }
+        if self.flush.left == 0 {
+            self.flush_round_over(out);
+        }
+    }
+
+    pub(crate) fn local_flush_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+        self.ops.remove(key);
+        self.flush.left -= 1;
+        self.flush.failed |= result.is_err();
+        if self.flush.failed {
+            // What the disk lost after a failed flush is unknown: never try again on top of it (D14).
+            return self.disk_failed("a flush failed", out);
+        }
+        if self.flush.left == 0 {
+            self.flush_round_over(out);
+        }
+    }
+
+    fn flush_round_over(&mut self, out: &mut Actions) {
+        self.local_flushed = self.local_flushed.max(self.flush.covers);
+        for waiter in std::mem::take(&mut self.flush.running) {
+            match waiter {
+                FlushFor::Client(key) => {
+                    if let Some(Op::Client(op)) = self.ops.get_mut(key) {
+                        op.local_left = 0;
+                    }
+                    self.check_client(key, out);
+                }
+                FlushFor::Peer { peer, session, ticket, position, resync_sequence } => {
+                    self.peer_flush_done(peer, session, ticket, position, resync_sequence, out);
+                }
+                FlushFor::Complete { peer, session } => self.complete_flushed(peer, session, out),
+                FlushFor::Demote => self.demotion_flushed(out),
+                FlushFor::Detach => self.detach_flushed(out),
+            }
+        }
+        self.trim_window(out);
+        self.pump_flush(out);
+    }
+
+    // --- the stable position ---
+
+    /// Flushed by every member of the committed and the pending S, as this primary knows.
+    pub(crate) fn stable_position(&self) -> Position {
+        let mut stable = self.local_flushed;
+        let required = self.required();
+        for peer in &self.peers {
+            if required.contains(peer.slot) {
+                let at = match peer.relation {
+                    Relation::Established | Relation::Joining { .. } => peer.flushed,
+                    // Not mirrored: nothing new is durable there.
+                    _ => peer.flushed.min(stable),
+                };
+                stable = stable.min(at);
+            }
+        }
+        stable
+    }
+
+    /// Lets go of writes that are durable here and at every mirrored peer (D7: the others have bits).
+    pub(crate) fn trim_window(&mut self, out: &mut Actions) {
+        let floor = match self.role {
+            Role::Primary | Role::Demoting => {
+                let mut floor = self.local_flushed;
+                for peer in &self.peers {
+                    if matches!(
+                        peer.relation,
+                        Relation::Established | Relation::Joining { .. } | Relation::Source
+                    ) {
+                        floor = floor.min(peer.flushed);
+                    }
+                }
+                floor
+            }
+            _ => {
+                let told = self.peers.iter().filter(|p| p.is_primary).map(|p| p.inbox.stable).max();
+                self.local_flushed.min(told.unwrap_or(0))
+            }
+        };
+        let mut released = false;
+        while let Some(entry) = self.window.pop_stable(floor) {
+            if self.role != Role::Primary {
+                self.remember_for_others(&entry);
+            }
+            if entry.holds_log && entry.length > 0 {
+                for extent in self.extents(entry.volume, entry.offset, entry.length) {
+                    self.log.release(extent);
+                }
+                released = true;
+            }
+        }
+        if released {
+            self.pump_log(out);
+        }
+    }
+
+    /// A secondary tracks what copies outside S may lack (they follow on their own): a failover must not
+    /// cost them a full resync. Cleared when that copy's resync from us ends.
+    fn remember_for_others(&mut self, entry: &Entry) {
+        if entry.length == 0 {
+            return;
+        }
+        for at in 0..self.peers.len() {
+            let peer = &self.peers[at];
+            if !peer.is_primary && !self.sb.in_sync.contains(peer.slot) {
+                self.set_bits(at, entry.volume, entry.offset, entry.length);
+            }
+        }
+    }
+
+    /// Asks for a flush everywhere when somebody waits for stability, or the window is large.
+    pub(crate) fn stability_on_time(&mut self, out: &mut Actions) {
+        if self.role != Role::Primary || self.stable_flush_running || self.window.is_empty() {
+            return;
+        }
+        let waits = !self.log_waiting.is_empty()
+            || self.peers.iter().any(|p| {
+                p.wants_stable || (p.mode == Mode::Async && matches!(p.relation, Relation::Established | Relation::Source))
+            });
+        let bytes = self.window.bytes();
+        let due = self.now.ms_since(self.last_stable_flush) >= self.tuning.stable_interval_ms;
+        // Idle: make the last writes stable too, so that a link blip costs no resync.
+        let idle = self.now.ms_since(self.last_stable_flush) >= 5 * self.tuning.stable_interval_ms;
+        if bytes >= WINDOW_BYTES
+            || self.window.len() >= WINDOW_ENTRIES
+            || (waits && (due || bytes >= self.tuning.stable_bytes))
+            || idle
+        {
+            self.flush_for_stability(out);
+        }
+    }
+
+    pub(crate) fn flush_for_stability(&mut self, out: &mut Actions) {
+        if self.stable_flush_running || self.role != Role::Primary || self.failed {
+            return;
+        }
+        // Nothing but flushes in the window: no need.
+        if self.window.bytes() == 0 {
+            return;
+        }
+        self.stable_flush_running = true;
+        self.last_stable_flush = self.now;
+        for peer in &mut self.peers {
+            peer.wants_stable = false;
+        }
+        self.begin_flush(None, out);
+    }
+
+    // --- dirty bits ---
+
+    pub(crate) fn set_bits(&mut self, at: usize, volume: VolumeIndex, offset: u64, length: u64) {
+        self.peers[at].bitmaps[volume.0 as usize].set(offset, length);
+    }
+
+    /// The link to a peer ended: what it did not flush-acknowledge may be missing there, acknowledged or
+    /// not, because its disk has a volatile cache (D2, D7: the unstable set).
+    pub(crate) fn unstable_becomes_bits(&mut self, at: usize) {
+        let flushed = self.peers[at].flushed;
+        let entries: Vec<Entry> = self.window.above(flushed).filter(|e| e.length > 0).copied().collect();
+        for entry in entries {
+            self.set_bits(at, entry.volume, entry.offset, entry.length);
+        }
+    }
+
+    // --- the activity log (D6) ---
+
+    /// Takes references on all extents if every one is hot.
+    pub(crate) fn try_hold(&mut self, volume: VolumeIndex, offset: u64, length: u64) -> bool {
+        if !self.tuning.activity_log || length == 0 {
+            return true;
+        }
+        let extents: Vec<ExtentKey> = self.extents(volume, offset, length).collect();
+        if !extents.iter().all(|e| self.log.is_hot(*e)) {
+            return false;
+        }
+        for extent in extents {
+            self.log.hold(extent);
+        }
+        true
+    }
+
+    /// Writes the next transaction for what waits, and lets go on what need not wait.
+    pub(crate) fn pump_log(&mut self, out: &mut Actions) {
+        while let Some(&key) = self.log_waiting.front() {
+            let Some((volume, offset, length)) = self.log_range(key) else {
+                self.log_waiting.pop_front();
+                continue;
+            };
+            if !self.try_hold(volume, offset, length) {
+                break;
+            }
+            self.log_waiting.pop_front();
+            self.log_passed(key, out);
+        }
+        if self.log_in_flight || self.log_waiting.is_empty() || self.failed {
+            return;
+        }
+        let mut wanted: Vec<ExtentKey> = Vec::new();
+        for &key in &self.log_waiting {
+            let Some((volume, offset, length)) = self.log_range(key) else { continue };
+            for extent in self.extents(volume, offset, length) {
+                if !wanted.contains(&extent) {
+                    wanted.push(extent);
+                }
+            }
+            if wanted.len() >= 64 {
+                break;
+            }
+        }
+        let shift = self.sb.extent_shift;
+        let mut unsaved: Vec<ExtentKey> = Vec::new();
+        let peers = &self.peers;
+        let transaction = self.log.begin_transaction(&wanted, |extent: ExtentKey| {
+            let offset = u64::from(extent.extent) << shift;
+            // D7: an extent cools only when all bits in it are durable, toward every peer.
+            let blocked = peers.iter().any(|p| {
+                p.bitmaps[extent.volume.0 as usize].unsaved_sets_in(offset, 1 << shift)
+            });
+            if blocked && unsaved.len() < 16 {
+                unsaved.push(extent);
+            }
+            !blocked
+        });
+        match transaction {
+            Some(transaction) => {
+                self.log_in_flight = true;
+                self.counters.al_transactions += 1;
+                let op = self.ops.insert(Op::ActivityLog { sequence: transaction.sequence });
+                let layout = &self.volumes[0].layout;
+                out.push(Action::MetaWrite {
+                    op: OpId(op as u64),
+                    place: MetaPlace {
+                        volume: VolumeIndex(0),
+                        offset: layout.activity_log_offset + u64::from(transaction.ring_block) * 4096,
+                    },
+                    bytes: transaction.bytes.to_vec(),
+                });
+            }
+            None => {
+                for extent in unsaved {
+                    self.save_bits_of(extent, out);
+                }
+                if self.pages_in_flight == 0 {
+                    self.make_room_in_log(out);
+                }
+            }
+        }
+    }
+
+    /// Every slot is held by writes that are not stable: make them stable.
+    fn make_room_in_log(&mut self, out: &mut Actions) {
+        if self.role == Role::Primary {
+            return self.flush_for_stability(out);
+        }
+        // Only the primary can say what is stable everywhere; a heartbeat with length 1 asks for it.
+        for at in 0..self.peers.len() {
+            if self.peers[at].is_primary && self.peers[at].session.is_some() {
+                let mut header = self.header(FrameKind::Heartbeat);
+                header.length = 1;
+                self.send(at, header, Payload::None, out);
+            }
+        }
+    }
+
+    fn log_range(&self, key: usize) -> Option<(VolumeIndex, u64, u64)> {
+        match self.ops.get(key)? {
+            Op::Client(op) => Some((op.volume, op.offset, op.length)),
+            Op::Apply(op) => Some((op.volume, op.offset, op.length)),
+            _ => None,
+        }
+    }
+
+    fn log_passed(&mut self, key: usize, out: &mut Actions) {
+        match self.ops.get(key) {
+            Some(Op::Client(_)) => self.issue(key, out),
+            Some(Op::Apply(_)) => self.apply_logged(key, out),
+            _ => {}
+        }
+    }
+
+    pub(crate) fn log_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+        let Op::ActivityLog { sequence } = self.ops.remove(key) else { return };
+        self.log_in_flight = false;
+        if result.is_err() {
+            // D6: the intent is not durable, so the data is not submitted.
+            self.log.abort(sequence);
+            return self.disk_failed("the activity log could not be written", out);
+        }
+        self.log.commit(sequence);
+        self.pump_log(out);
+    }
+
+    // --- saving bitmap pages ---
+
+    fn save_bits_of(&mut self, extent: ExtentKey, out: &mut Actions) {
+        let shift = self.sb.extent_shift;
+        let offset = u64::from(extent.extent) << shift;
+        let volume = extent.volume.0 as usize;
+        for peer in 0..self.peers.len() {
+            if !self.peers[peer].bitmaps[volume].unsaved_sets_in(offset, 1 << shift) {
+                continue;
+            }
+            for page in self.peers[peer].bitmaps[volume].pages_of(offset, 1 << shift) {
+                self.save_queue.push_back((peer, volume, page));
+            }
+        }
+        self.pump_saves(out);
+    }
+
+    /// Saves every page that has something not durable; true if there was none.
+    pub(crate) fn save_all_bits(&mut self, out: &mut Actions) -> bool {
+        for peer in 0..self.peers.len() {
+            for volume in 0..self.volumes.len() {
+                if let Some(page) = self.peers[peer].bitmaps[volume].next_unsaved(0) {
+                    self.save_queue.push_back((peer, volume, page));
+                }
+            }
+        }
+        self.pump_saves(out);
+        self.pages_in_flight == 0
+            && self.save_queue.is_empty()
+            && self.peers.iter().all(|p| p.bitmaps.iter().all(DirtyBitmap::is_saved))
+    }
+
+    /// One page at a time: two writes of one summary block must not cross.
+    fn pump_saves(&mut self, out: &mut Actions) {
+        while self.pages_in_flight == 0 && !self.failed {
+            let Some((peer, volume, page)) = self.save_queue.pop_front() else { return };
+            let Some(image) = self.peers[peer].bitmaps[volume].begin_save(page) else { continue };
+            self.pages_in_flight = 1;
+            self.counters.bitmap_writes += 1;
+            let Some(words) = image.words else {
+                let block = self.peers[peer].bitmaps[volume].summary_block_of(page);
+                self.save_summary(peer, volume, block, out);
+                continue;
+            };
+            let record = self.peers[peer].record;
+            let bytes = bitmap_page::encode_page(VolumeIndex(volume as u16), record as u8, page, &words);
+            let op = self.ops.insert(Op::BitmapPage { peer, volume, page });
+            out.push(Action::MetaWrite {
+                op: OpId(op as u64),
+                place: MetaPlace {
+                    volume: VolumeIndex(volume as u16),
+                    offset: self.volumes[volume].layout.bitmap_page_offset(record, page),
+                },
+                bytes: bytes.to_vec(),
+            });
+        }
+    }
+
+    fn save_summary(&mut self, peer: usize, volume: usize, block: u64, out: &mut Actions) {
+        let record = self.peers[peer].record;
+        let Some(bytes) = self.peers[peer].bitmaps[volume].begin_summary(block) else {
+            self.pages_in_flight = 0;
+            return;
+        };
+        let bytes = bitmap_page::encode_summary(VolumeIndex(volume as u16), record as u8, block, &bytes);
+        let op = self.ops.insert(Op::BitmapSummary { peer, volume, block });
+        out.push(Action::MetaWrite {
+            op: OpId(op as u64),
+            place: MetaPlace {
+                volume: VolumeIndex(volume as u16),
+                offset: self.volumes[volume].layout.summary_block_offset(record, block),
+            },
+            bytes: bytes.to_vec(),
+        });
+    }
+
+    pub(crate) fn page_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+        let op = self.ops.remove(key);
+        if result.is_err() {
+            return self.disk_failed("the dirty bitmap could not be written", out);
+        }
+        match op {
+            Op::BitmapPage { peer, volume, page } => {
+                match self.peers[peer].bitmaps[volume].page_saved(page) {
+                    AfterPage::SummaryDue(block) => return self.save_summary(peer, volume, block, out),
+                    AfterPage::Saved => self.pages_in_flight = 0,
+                }
+            }
+            Op::BitmapSummary { peer, volume, block } => {
+                self.peers[peer].bitmaps[volume].summary_saved(block);
+                self.pages_in_flight = 0;
+            }
+            _ => {}
+        }
+        self.pump_saves(out);
+        self.pump_log(out);
+        self.pages_saved(out);
+    }
+}
