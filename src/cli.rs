@@ -181,7 +181,7 @@ pub struct Events {
 pub enum Volume {
     /// Create this node's copy of a service's volumes, as the configuration describes them
     Create(VolumeCreate),
-    /// Take over a disk with data on it as this node's copy
+    /// Take over disks with data on them as this node's copy
     Adopt(VolumeAdopt),
     /// List volumes
     List {
@@ -191,42 +191,71 @@ pub enum Volume {
     },
     /// Give a volume more room, on all copies, while in use
     Grow {
-        #[command(flatten)]
-        volume: VolumeName,
+        service: String,
+        volume: String,
         /// Bytes, or with a unit as in 20GiB; the backing devices must be this large already
         size: String,
     },
-    /// Start this node's copy anew on an empty disk, to be filled from the peer
-    ReplaceDisk(VolumeDiscard),
-    /// Take the metadata off this node's copy; its data stays where it is
-    Remove(VolumeDiscard),
+    /// Start a volume anew on an empty disk, to be filled from the peer (with the replicator stopped)
+    ReplaceDisk(VolumeReplace),
+    /// Take the metadata off this node's copy of a volume; its data stays (with the replicator stopped)
+    Remove(VolumeRemove),
 }
 
 #[derive(Args)]
-pub struct VolumeName {
-    pub service: String,
-    pub volume: String,
+pub struct Sizes {
+    /// Room for old blocks during a resync, per volume, as in 2GiB [default: by size]
+    #[arg(long, value_name = "SIZE")]
+    pub undo_size: Option<String>,
+    /// Bytes for one bit of the dirty bitmap, a power of two from 4KiB to 1MiB [default: by size]
+    #[arg(long, value_name = "SIZE")]
+    pub grain: Option<String>,
+    /// Blocks of the activity log [default: 64]
+    #[arg(long, value_name = "COUNT", value_parser = clap::value_parser!(u32).range(8..=4096))]
+    pub activity_log_blocks: Option<u32>,
 }
 
 #[derive(Args)]
 pub struct VolumeCreate {
     pub service: String,
-    /// Write zeroes to every block, so that copies created this way need no initial copy
+    /// Replace metadata that is there: this copy's history and what it knows of its peers are lost
     #[arg(long)]
-    pub zeroed: bool,
-    /// Go on although the disks seem to hold data
+    pub overwrite_metadata: bool,
+    /// Do not ask before metadata is replaced
     #[arg(long)]
     pub yes: bool,
+    #[command(flatten)]
+    pub sizes: Sizes,
 }
 
 #[derive(Args)]
 pub struct VolumeAdopt {
     pub service: String,
+    /// With internal metadata: nothing of the data lies behind the configured size
+    #[arg(long)]
+    pub assume_shrunk: bool,
+    #[command(flatten)]
+    pub sizes: Sizes,
 }
 
 #[derive(Args)]
-pub struct VolumeDiscard {
+pub struct VolumeReplace {
     pub service: String,
+    pub volume: String,
+    /// The new disk has metadata already: replace it
+    #[arg(long)]
+    pub overwrite_metadata: bool,
+    /// Do it without asking
+    #[arg(long)]
+    pub yes: bool,
+    #[command(flatten)]
+    pub sizes: Sizes,
+}
+
+#[derive(Args)]
+pub struct VolumeRemove {
+    pub service: String,
+    pub volume: String,
     /// Do it without asking
     #[arg(long)]
     pub yes: bool,
@@ -347,4 +376,32 @@ pub struct Man {
     /// Write one page per verb into this directory
     #[arg(long, value_name = "DIR")]
     pub directory: Option<PathBuf>,
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::CommandFactory as _;
+
+    #[test]
+    fn the_definitions_fit_together() {
+        Cli::command().debug_assert();
+    }
+
+    #[test]
+    fn a_place_may_stand_before_or_behind_the_verb() {
+        for arguments in [
+            ["holdfast", "--socket", "/s", "status"],
+            ["holdfast", "status", "--socket", "/s"],
+        ] {
+            let cli = Cli::try_parse_from(arguments).ok().and_then(|cli| cli.place.socket);
+            assert_eq!(cli, Some(PathBuf::from("/s")), "{arguments:?}");
+        }
+    }
+
+    #[test]
+    fn consent_without_force_makes_no_sense() {
+        assert!(Cli::try_parse_from(["holdfast", "promote", "db", "--yes"]).is_err());
+        assert!(Cli::try_parse_from(["holdfast", "promote", "db", "--force", "--yes"]).is_ok());
+    }
 }

@@ -7,6 +7,7 @@ mod consent;
 mod demo;
 mod demote;
 mod disconnect;
+mod dump_metadata;
 mod events;
 mod explain_handshake;
 mod failure;
@@ -25,6 +26,7 @@ mod split_brain;
 mod status;
 mod token;
 mod verify;
+mod volume;
 
 use clap::Parser as _;
 use cli::{Cli, Verb};
@@ -61,6 +63,8 @@ fn run(place: &cli::Place, verb: &Verb) -> Outcome {
         Verb::Invalidate(options) => invalidate::run(place, options),
         Verb::SplitBrain(verb) => split_brain::run(place, verb),
         Verb::ExplainHandshake(options) => explain_handshake::run(place, options),
+        Verb::Volume(verb) => volume::run(place, verb),
+        Verb::DumpMetadata(options) => dump_metadata::run(place, options),
         Verb::Demo(options) => demo::run(options),
         Verb::Completions(options) => completions::run(options),
         Verb::Man(options) => man::run(options),

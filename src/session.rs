@@ -2,8 +2,10 @@
 
 use crate::cli::{Place, Service};
 use crate::failure::{FAILED, Failure};
+use holdfast_replicator::config::{Config, DEFAULT_PATH};
 use holdfast_replicator::control::client::Client;
 use holdfast_replicator::control::protocol::{NodeStatus, ServiceCommand, ServiceReport};
+use std::path::Path;
 
 /// A connection, and the service a command is about.
 pub struct Session {
@@ -12,6 +14,12 @@ pub struct Session {
 }
 
 impl Place {
+    /// The configuration these options name.
+    pub fn configuration(&self) -> Result<Config, Failure> {
+        let file = self.config.as_deref().unwrap_or(Path::new(DEFAULT_PATH));
+        Config::load(file).map_err(|error| Failure::from_error(&error))
+    }
+
     /// Connects to the replicator these options name.
     pub fn connect(&self) -> Result<Client, Failure> {
         let path = holdfast_replicator::control::find_socket(

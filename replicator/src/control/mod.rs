@@ -5,6 +5,7 @@
 //! programs.
 
 pub mod client;
+pub mod dump;
 pub mod follow;
 mod health;
 pub mod membership;

@@ -4,7 +4,7 @@
 use holdfast_replicator_core::api::{Level, Role};
 use holdfast_replicator_core::status::{self, LinkState, ServiceStatus};
 use holdfast_wire_format::ids::{Epoch, Slot, SlotSet};
-use holdfast_wire_format::metadata::{CopyState, GenerationCause, Mode, OnPeerLoss};
+use holdfast_wire_format::metadata::{CopyState, Generation, GenerationCause, Mode, OnPeerLoss};
 use serde::{Deserialize, Serialize};
 
 /// Everything a replicator process can say of itself at one moment.
@@ -267,7 +267,21 @@ impl From<PeerLossPolicy> for OnPeerLoss {
     }
 }
 
-fn slots(set: SlotSet) -> Vec<u8> {
+impl From<&Generation> for GenerationReport {
+    fn from(generation: &Generation) -> Self {
+        GenerationReport {
+            id: generation.id.to_string(),
+            parent: generation.parent.to_string(),
+            fork_position: generation.fork_position,
+            epoch: generation.epoch.number,
+            cause: generation.cause.into(),
+            maker: generation.maker,
+        }
+    }
+}
+
+/// The members of a set by number.
+pub(super) fn slots(set: SlotSet) -> Vec<u8> {
     set.iter().map(|slot| slot.0).collect()
 }
 
@@ -291,18 +305,7 @@ impl ServiceReport {
                 owner_node: owner.and_then(|slot| node_name(Slot(slot))),
             },
             state: status.state.into(),
-            generations: status
-                .generations
-                .iter()
-                .map(|generation| GenerationReport {
-                    id: generation.id.to_string(),
-                    parent: generation.parent.to_string(),
-                    fork_position: generation.fork_position,
-                    epoch: generation.epoch.number,
-                    cause: generation.cause.into(),
-                    maker: generation.maker,
-                })
-                .collect(),
+            generations: status.generations.iter().map(GenerationReport::from).collect(),
             position: status.position,
             stable_position: status.stable_position,
             in_sync: slots(status.in_sync),

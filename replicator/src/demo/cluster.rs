@@ -424,26 +424,17 @@ pub fn build(
         let text = configuration(node, index, ports[1 - index], volume_bytes, service_id);
         let path = node.path("holdfast.toml");
         std::fs::write(&path, text).map_err(|source| DemoError::io("writing", &path, source))?;
-        for (name, size) in [("data.img", volume_bytes), ("metadata.img", METADATA_BYTES)] {
-            let path = node.path(name);
-            std::fs::File::create(&path)
-                .and_then(|file| file.set_len(size))
-                .map_err(|source| DemoError::io("making", &path, source))?;
-        }
         node.verb(&["init"], "")?;
     }
     join(&mut nodes)?;
     for node in &mut nodes {
-        node.verb(&["volume", "create", SERVICE, "--zeroed"], "")?;
+        node.verb(&["volume", "create", SERVICE], "")?;
     }
     for node in &mut nodes {
         node.start()?;
     }
     Ok(nodes)
 }
-
-/// Room for a volume's metadata in a file of its own; sparse, so unused room costs nothing.
-const METADATA_BYTES: u64 = 128 << 20;
 
 fn configuration(
     node: &Node,

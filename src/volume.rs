@@ -1,0 +1,189 @@
+//! `holdfast volume`
+
+use crate::cli::{
+    Place, Sizes, Volume, VolumeAdopt, VolumeCreate, VolumeRemove, VolumeReplace,
+};
+use crate::consent;
+use crate::failure::{FAILED, Failure, Outcome};
+use crate::output::{json_line, print};
+use holdfast_replicator::config::parse_size;
+use holdfast_replicator::control::dump;
+use holdfast_replicator::control::protocol::ServiceCommand;
+use holdfast_replicator::control::render;
+use holdfast_replicator::create::{self, CreateOptions, Created};
+
+pub fn run(place: &Place, verb: &Volume) -> Outcome {
+    match verb {
+        Volume::Create(options) => create(place, options),
+        Volume::Adopt(options) => adopt(place, options),
+        Volume::List { json } => list(place, *json),
+        Volume::Grow { service, volume, size } => grow(place, service, volume, size),
+        Volume::ReplaceDisk(options) => replace_disk(place, options),
+        Volume::Remove(options) => remove(place, options),
+    }
+}
+
+fn failed(error: impl std::error::Error) -> Failure {
+    Failure::from_error(&error)
+}
+
+fn size(text: &str) -> Result<u64, Failure> {
+    parse_size(text).ok_or_else(|| {
+        Failure::new(
+            FAILED,
+            format!("{text:?} is no size"),
+            "Nothing was changed",
+            "Write bytes, or a unit of 1024 as in 20GiB",
+        )
+    })
+}
+
+impl Sizes {
+    fn options(&self) -> Result<CreateOptions, Failure> {
+        let grain_shift = match &self.grain {
+            None => None,
+            Some(text) => {
+                let grain = size(text)?;
+                if !grain.is_power_of_two() {
+                    return Err(Failure::new(
+                        FAILED,
+                        format!("{text:?} is not a power of two"),
+                        "Nothing was changed",
+                        "Use 4KiB to 1MiB",
+                    ));
+                }
+                Some(grain.trailing_zeros() as u8)
+            }
+        };
+        Ok(CreateOptions {
+            undo_size: self.undo_size.as_deref().map(size).transpose()?,
+            grain_shift,
+            al_blocks: self.activity_log_blocks,
+            ..CreateOptions::default()
+        })
+    }
+}
+
+fn tell(created: &Created) {
+    for volume in &created.volumes {
+        println!(
+            "volume {} of service {}: {} on {}, {} of metadata in {}{}",
+            volume.name,
+            created.service,
+            render::bytes(volume.size),
+            volume.path.display(),
+            render::bytes(volume.metadata_size),
+            volume.metadata_path.display(),
+            if volume.zeroed { "; reads zero everywhere" } else { "" }
+        );
+    }
+    if created.in_sync.is_empty() {
+        println!(
+            "No copy counts as the first one yet: start the replicators, then `holdfast promote --force` on the node \
+             whose data is to be kept."
+        );
+    } else {
+        println!("All copies created like this are equal: no initial copy is needed.");
+    }
+}
+
+fn create(place: &Place, options: &VolumeCreate) -> Outcome {
+    let config = place.configuration()?;
+    if options.overwrite_metadata {
+        let loss = dump::loss(&config, &options.service, None).map_err(failed)?;
+        let doing = format!("Making service {} anew; this copy forgets what it was:", options.service);
+        consent::ask(&doing, &loss, options.yes)?;
+    }
+    let chosen = CreateOptions {
+        overwrite_metadata: options.overwrite_metadata,
+        ..options.sizes.options()?
+    };
+    tell(&create::create(&config, &options.service, &chosen).map_err(failed)?);
+    Ok(())
+}
+
+fn adopt(place: &Place, options: &VolumeAdopt) -> Outcome {
+    let config = place.configuration()?;
+    let chosen = CreateOptions {
+        adopt: true,
+        assume_shrunk: options.assume_shrunk,
+        ..options.sizes.options()?
+    };
+    tell(&create::create(&config, &options.service, &chosen).map_err(failed)?);
+    Ok(())
+}
+
+fn list(place: &Place, json: bool) -> Outcome {
+    let status = place.connect()?.status()?;
+    if json {
+        let volumes: Vec<_> = status
+            .services
+            .iter()
+            .flat_map(|service| {
+                service.volumes.iter().map(|volume| {
+                    serde_json::json!({ "service": service.name, "role": service.role, "state": service.state, "volume": volume })
+                })
+            })
+            .collect();
+        print(&json_line(&volumes));
+        return Ok(());
+    }
+    for service in &status.services {
+        for volume in &service.volumes {
+            print(&format!(
+                "{:<30} {:>10}  {:<10} {:<13} {}\n",
+                format!("{}/{}", service.name, volume.name),
+                render::bytes(volume.size),
+                service.role,
+                service.state,
+                volume.nbd_uris.join("  ")
+            ));
+        }
+    }
+    Ok(())
+}
+
+fn grow(place: &Place, service: &str, volume: &str, text: &str) -> Outcome {
+    let size = size(text)?;
+    let command = ServiceCommand::Grow { volume: volume.to_string(), size };
+    println!("{}", place.connect()?.command(service, command)?);
+    Ok(())
+}
+
+fn replace_disk(place: &Place, options: &VolumeReplace) -> Outcome {
+    let config = place.configuration()?;
+    let volume = Some(options.volume.as_str());
+    let loss = dump::loss(&config, &options.service, volume).map_err(failed)?;
+    let doing = format!(
+        "Starting volume {} of service {} anew on this node; all of it is to be copied from the peer:",
+        options.volume, options.service
+    );
+    consent::ask(&doing, &loss, options.yes)?;
+    let chosen = CreateOptions {
+        overwrite_metadata: options.overwrite_metadata,
+        ..options.sizes.options()?
+    };
+    let created = create::replace_disk(&config, &options.service, &options.volume, &chosen);
+    for volume in created.map_err(failed)?.volumes {
+        println!(
+            "volume {}: new metadata in {}; start the replicator, and the peer fills it",
+            volume.name,
+            volume.metadata_path.display()
+        );
+    }
+    Ok(())
+}
+
+fn remove(place: &Place, options: &VolumeRemove) -> Outcome {
+    let config = place.configuration()?;
+    let volume = Some(options.volume.as_str());
+    let loss = dump::loss(&config, &options.service, volume).map_err(failed)?;
+    let doing = format!(
+        "Taking the metadata off this node's copy of volume {} of service {}; its data stays, and is no copy any more:",
+        options.volume, options.service
+    );
+    consent::ask(&doing, &loss, options.yes)?;
+    create::remove(&config, &options.service, &options.volume).map_err(failed)?;
+    println!("removed; take the volume out of {} now", config.file.display());
+    Ok(())
+}
