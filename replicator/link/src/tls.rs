@@ -12,9 +12,7 @@ use rustls::crypto::{CryptoProvider, aws_lc_rs, verify_tls13_signature};
 use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::CertifiedKey;
-use rustls::{
-    CertificateError, DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme,
-};
+use rustls::{DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
 use std::sync::{Arc, OnceLock};
 
 /// Protocol of replication.
@@ -103,7 +101,7 @@ pub(crate) enum Refusal {
 
 impl From<Refusal> for rustls::Error {
     fn from(refusal: Refusal) -> Self {
-        rustls::Error::InvalidCertificate(CertificateError::Other(OtherError(Arc::new(refusal))))
+        rustls::Error::Other(OtherError(Arc::new(refusal)))
     }
 }
 

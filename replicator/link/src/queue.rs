@@ -1,0 +1,184 @@
+//! Frames waiting to be sent on one stream, gathered into few large pieces.
+
+use crate::api::Payload;
+use bytes::{Bytes, BytesMut};
+use std::collections::VecDeque;
+
+/// Shared payloads from this size on are handed to QUIC as they are. Below, one copy costs less than the many small pieces, which
+/// QUIC walks through for every packet it fills (measured; docs/link.md).
+const ZERO_COPY_FROM: usize = 16 << 10;
+/// Size of the pieces that copies are gathered into.
+const PIECE: usize = 64 << 10;
+/// Most bytes handed to QUIC at once; what one frame needs may exceed it.
+const BATCH: usize = 256 << 10;
+
+enum Piece {
+    Ready(Bytes),
+    Local(Box<dyn AsRef<[u8]>>),
+}
+
+/// Unsent bytes, oldest first.
+#[derive(Default)]
+pub(crate) struct SendQueue {
+    pieces: VecDeque<Piece>,
+    /// Newest bytes: headers and small payloads.
+    tail: BytesMut,
+    /// Everything queued and not yet [`Self::accepted`] by QUIC.
+    bytes: usize,
+}
+
+impl SendQueue {
+    /// Bytes waiting, those of a batch under way included.
+    pub fn bytes(&self) -> usize {
+        self.bytes
+    }
+
+    /// Nothing is left to make a batch of.
+    pub fn is_empty(&self) -> bool {
+        self.pieces.is_empty() && self.tail.is_empty()
+    }
+
+    pub fn push(&mut self, header: &[u8], payload: Payload) {
+        self.bytes += header.len() + payload.len();
+        if self.tail.capacity() - self.tail.len() < header.len() {
+            self.seal();
+            self.tail.reserve(PIECE);
+        }
+        self.tail.extend_from_slice(header);
+        match payload {
+            Payload::None => {}
+            Payload::Inline(bytes) if bytes.len() < ZERO_COPY_FROM => self.copy(&bytes),
+            Payload::Inline(bytes) => self.append(Piece::Ready(bytes.into())),
+            Payload::Shared(bytes) if bytes.len() < ZERO_COPY_FROM => self.copy(&bytes),
+            Payload::Shared(bytes) => self.append(Piece::Ready(bytes)),
+            // Copied when QUIC has room: until then the one buffer that disk and wire share is enough.
+            Payload::Local(buffer) => self.append(Piece::Local(buffer)),
+        }
+    }
+
+    fn copy(&mut self, mut bytes: &[u8]) {
+        while !bytes.is_empty() {
+            if self.tail.len() == self.tail.capacity() {
+                self.seal();
+                self.tail.reserve(PIECE);
+            }
+            let room = (self.tail.capacity() - self.tail.len()).min(bytes.len());
+            let (now, later) = bytes.split_at(room);
+            self.tail.extend_from_slice(now);
+            bytes = later;
+        }
+    }
+
+    fn append(&mut self, piece: Piece) {
+        self.seal();
+        self.pieces.push_back(piece);
+    }
+
+    fn seal(&mut self) {
+        if !self.tail.is_empty() {
+            self.pieces
+                .push_back(Piece::Ready(self.tail.split().freeze()));
+        }
+    }
+
+    /// Moves the oldest bytes to `batch`, about [`BATCH`] of them.
+    pub fn take_batch(&mut self, batch: &mut Vec<Bytes>) {
+        self.seal();
+        let mut taken = 0;
+        let mut joined = BytesMut::new();
+        while taken < BATCH
+            && let Some(piece) = self.pieces.pop_front()
+        {
+            match piece {
+                // A header before or between copied payloads joins them, so that QUIC gets one long piece.
+                Piece::Ready(bytes)
+                    if bytes.len() < 1024
+                        && (!joined.is_empty()
+                            || matches!(self.pieces.front(), Some(Piece::Local(_)))) =>
+                {
+                    taken += bytes.len();
+                    join(&mut joined, &bytes, batch);
+                }
+                Piece::Ready(bytes) => {
+                    taken += bytes.len();
+                    flush(&mut joined, batch);
+                    batch.push(bytes);
+                }
+                Piece::Local(buffer) => {
+                    let bytes = (*buffer).as_ref();
+                    taken += bytes.len();
+                    join(&mut joined, bytes, batch);
+                }
+            }
+        }
+        flush(&mut joined, batch);
+    }
+
+    /// QUIC took so many bytes of a batch.
+    pub fn accepted(&mut self, bytes: usize) {
+        self.bytes -= bytes;
+    }
+
+    /// Forgets everything: the session is over.
+    pub fn clear(&mut self) {
+        *self = SendQueue::default();
+    }
+}
+
+fn join(joined: &mut BytesMut, bytes: &[u8], batch: &mut Vec<Bytes>) {
+    if joined.capacity() - joined.len() < bytes.len() {
+        flush(joined, batch);
+        joined.reserve(PIECE.max(bytes.len()));
+    }
+    joined.extend_from_slice(bytes);
+}
+
+fn flush(joined: &mut BytesMut, batch: &mut Vec<Bytes>) {
+    if !joined.is_empty() {
+        batch.push(joined.split().freeze());
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        /// Whatever the mixture, the bytes come out in order and are counted.
+        #[test]
+        fn order_and_count(frames in proptest::collection::vec((0..4u8, 0..40_000usize), 1..40)) {
+            let mut queue = SendQueue::default();
+            let mut expected = Vec::new();
+            for (number, (kind, length)) in frames.into_iter().enumerate() {
+                let header = [number as u8; 112];
+                let body = vec![!(number as u8); length];
+                expected.extend_from_slice(&header);
+                let payload = match kind {
+                    0 => Payload::None,
+                    1 => Payload::Inline(body.clone()),
+                    2 => Payload::Local(Box::new(body.clone())),
+                    _ => Payload::Shared(body.clone().into()),
+                };
+                if kind != 0 {
+                    expected.extend_from_slice(&body);
+                }
+                queue.push(&header, payload);
+            }
+            prop_assert_eq!(queue.bytes(), expected.len());
+            let mut sent = Vec::new();
+            while !queue.is_empty() {
+                let mut batch = Vec::new();
+                queue.take_batch(&mut batch);
+                prop_assert!(!batch.is_empty());
+                for piece in batch {
+                    prop_assert!(!piece.is_empty());
+                    queue.accepted(piece.len());
+                    sent.extend_from_slice(&piece);
+                }
+            }
+            prop_assert_eq!(sent, expected);
+            prop_assert_eq!(queue.bytes(), 0);
+        }
+    }
+}
