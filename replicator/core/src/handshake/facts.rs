@@ -216,8 +216,13 @@ pub(super) fn wrote_nothing(
     branch: &Generation,
     other_fork: Position,
 ) -> bool {
-    // The list says it, whatever the positions are: nothing here that the other copy lacks.
-    if list_usable(f, other, ancestor) && f.about_peer.bits == 0 {
+    // No list names anything: the copies are equal. An empty list of this side alone would not do: what it wrote may
+    // have reached the other copy, which then undid it and holds the bits.
+    if list_usable(f, other, ancestor)
+        && list_usable(other, f, ancestor)
+        && f.about_peer.bits == 0
+        && other.about_peer.bits == 0
+    {
         return true;
     }
     if unclean(f, other) || branch.fork_position > other_fork {
@@ -286,7 +291,8 @@ pub(super) fn incomparable(a: &Facts, b: &Facts, store: Option<&StoreRecord>) ->
                 detail,
             });
         }
-        if f.generations.is_empty() && !blank(f) && f.state != CopyState::Failed {
+        // A copy that was blank has no history until its first resync is complete.
+        if f.generations.is_empty() && !blank(f) && !mid_resync(f) && f.state != CopyState::Failed {
             return Some(Problem::BrokenHistory {
                 slot: f.slot.0,
                 detail: "it has no generation".into(),

@@ -411,7 +411,8 @@ impl<'a> Meeting<'a> {
         // A write completes when every member of S has it, so a member that lived on has all that completed. A
         // member that was dropped but is still UpToDate in this generation counts too: completing without it
         // would have begun a new one.
-        let member = self.record.in_s(x) || (x.state == CopyState::UpToDate && x.in_sync.contains(x.slot));
+        let member =
+            self.record.in_s(x) || (x.state == CopyState::UpToDate && x.in_sync.contains(x.slot));
         let waits = x.mode != Mode::Async && y.mode != Mode::Async;
         let x_has_all = may_be_source(x) && (x.is_primary || (member && waits));
         if wrote_here(y) {

@@ -94,7 +94,11 @@ enum Link {
     Down,
     Mirroring,
     /// From the source; blocks already sent but not known to be flushed.
-    Resync { source: usize, sent: PerBlock<bool>, becomes: u8 },
+    Resync {
+        source: usize,
+        sent: PerBlock<bool>,
+        becomes: u8,
+    },
 }
 
 #[derive(Clone, PartialEq, Eq, Hash, Debug)]
@@ -140,7 +144,10 @@ impl World {
             meta: Meta {
                 disk: slot + 1,
                 counter: 1,
-                epoch: Epoch { number: 1, owner: 0 },
+                epoch: Epoch {
+                    number: 1,
+                    owner: 0,
+                },
                 state: CopyState::UpToDate,
                 unclean: true,
                 unsettled: false,
@@ -149,7 +156,17 @@ impl World {
                 solo: false,
                 generations: vec![
                     made(1, 0, 0, Epoch::NONE, GenerationCause::Created, 0),
-                    made(2, 1, 0, Epoch { number: 1, owner: 0 }, GenerationCause::Promotion, 0),
+                    made(
+                        2,
+                        1,
+                        0,
+                        Epoch {
+                            number: 1,
+                            owner: 0,
+                        },
+                        GenerationCause::Promotion,
+                        0,
+                    ),
                 ],
                 position: 0,
                 target_of: GenerationId(0),
@@ -244,7 +261,11 @@ impl World {
     }
 
     /// Every transition that is possible here. `seen` hears of each decision.
-    pub fn steps(&self, mutation: Option<Mutation>, seen: &mut dyn FnMut(Row, &Outcome)) -> Vec<Step> {
+    pub fn steps(
+        &self,
+        mutation: Option<Mutation>,
+        seen: &mut dyn FnMut(Row, &Outcome),
+    ) -> Vec<Step> {
         let mut steps = Vec::new();
         for i in 0..2 {
             self.node_steps(i, &mut steps);
@@ -281,7 +302,10 @@ impl World {
             && b.meta.state == CopyState::UpToDate
             && a.blocks != b.blocks
         {
-            return Some(format!("both copies are UpToDate and differ: {:?} and {:?}", a.blocks, b.blocks));
+            return Some(format!(
+                "both copies are UpToDate and differ: {:?} and {:?}",
+                a.blocks, b.blocks
+            ));
         }
         None
     }
@@ -460,7 +484,7 @@ impl World {
             in_sync,
             version: 0,
             needs_generation: false,
-                peer_told: false,
+            peer_told: false,
             bits: [false; BLOCKS],
             hot: [false; BLOCKS],
             base: GenerationId(0),
@@ -508,7 +532,10 @@ impl World {
             if alone {
                 w.nodes[i].owed[b] = write;
             }
-            steps.push((format!("copy {i} writes block {b} alone, acknowledged: {alone}"), Ok(w)));
+            steps.push((
+                format!("copy {i} writes block {b} alone, acknowledged: {alone}"),
+                Ok(w),
+            ));
             return;
         }
         // Both get it, and the application hears of it.
@@ -538,7 +565,12 @@ impl World {
                     w.nodes[i].owed[b] = write;
                 }
                 w.link = Link::Down;
-                steps.push((format!("copy {i} writes block {b}, the link breaks, it reached the peer: {reached}"), Ok(w)));
+                steps.push((
+                    format!(
+                        "copy {i} writes block {b}, the link breaks, it reached the peer: {reached}"
+                    ),
+                    Ok(w),
+                ));
             }
         }
         // The writer loses power with the write on the peer alone.
@@ -549,7 +581,10 @@ impl World {
             w.nodes[i].meta.hot[b] = true;
             w.apply(j, b, write);
             w.crash(i, 0b11);
-            steps.push((format!("copy {i} loses power, its write of block {b} is on the peer alone"), Ok(w)));
+            steps.push((
+                format!("copy {i} loses power, its write of block {b} is on the peer alone"),
+                Ok(w),
+            ));
         }
     }
 
@@ -564,7 +599,10 @@ impl World {
         // The primary hears that the peer flushed; then the peer hears that both did.
         for i in 0..2 {
             let peer = &w.nodes[1 - i].meta;
-            let durable = (peer.generations.last().map_or(GenerationId(0), |g| g.id), peer.position);
+            let durable = (
+                peer.generations.last().map_or(GenerationId(0), |g| g.id),
+                peer.position,
+            );
             let m = &mut w.nodes[i].meta;
             m.hot = [false; BLOCKS];
             m.known_durable = durable;
@@ -578,7 +616,10 @@ impl World {
     fn go_on_alone(&self, i: usize, steps: &mut Vec<Step>) {
         let j = 1 - i;
         let m = &self.nodes[i].meta;
-        if self.link == Link::Down && m.in_sync & (1 << j) != 0 && self.setting.on_peer_loss == OnPeerLoss::Continue {
+        if self.link == Link::Down
+            && m.in_sync & (1 << j) != 0
+            && self.setting.on_peer_loss == OnPeerLoss::Continue
+        {
             let mut w = self.clone();
             w.drop_from_s(i);
             steps.push((format!("copy {i} drops the other from S"), Ok(w)));
@@ -587,7 +628,10 @@ impl World {
         if m.needs_generation && m.in_sync & (1 << j) == 0 && may {
             let mut w = self.clone();
             w.new_generation(i, GenerationCause::PeerLost);
-            steps.push((format!("copy {i} makes a generation without the other"), Ok(w)));
+            steps.push((
+                format!("copy {i} makes a generation without the other"),
+                Ok(w),
+            ));
         }
     }
 
@@ -602,9 +646,18 @@ impl World {
     fn new_generation(&mut self, i: usize, cause: GenerationCause) {
         self.generations += 1;
         let id = self.generations;
+        // The fork position is a promise: what it counts must not be lost in a power cut after it.
+        self.flush(i);
         let n = &mut self.nodes[i];
         let parent = n.meta.generations.last().map_or(0, |g| g.id.0);
-        let generation = made(id.into(), parent, n.position.into(), n.meta.epoch, cause, i as u8);
+        let generation = made(
+            id.into(),
+            parent,
+            n.position.into(),
+            n.meta.epoch,
+            cause,
+            i as u8,
+        );
         n.meta.generations.push(generation);
         n.meta.needs_generation = false;
         n.position = 0;
@@ -640,7 +693,9 @@ impl World {
             if force && self.left.forces == 0 {
                 continue;
             }
-            let Ok(promotion) = may_promote(&me, peer.as_ref(), None, force) else { continue };
+            let Ok(promotion) = may_promote(&me, peer.as_ref(), None, force) else {
+                continue;
+            };
             if force && !promotion.is_forced() {
                 continue;
             }
@@ -650,12 +705,19 @@ impl World {
             if !promotion.is_forced() {
                 // What the peer's line owes must be here, unless this very machine lost it.
                 let missing = (0..BLOCKS).find(|b| {
-                    !self.includes(self.nodes[i].blocks[*b], self.nodes[j].owed[*b]) && !self.nodes[i].lost[*b]
+                    !self.includes(self.nodes[i].blocks[*b], self.nodes[j].owed[*b])
+                        && !self.nodes[i].lost[*b]
                 });
                 if !self.forced
                     && let Some(b) = missing
                 {
-                    steps.push((what.clone(), Err(format!("{what} without acknowledged write {} of block {b}", self.nodes[j].owed[b]))));
+                    steps.push((
+                        what.clone(),
+                        Err(format!(
+                            "{what} without acknowledged write {} of block {b}",
+                            self.nodes[j].owed[b]
+                        )),
+                    ));
                     continue;
                 }
             } else {
@@ -673,19 +735,28 @@ impl World {
             self.roll_back(i);
         }
         for b in 0..BLOCKS {
-            if self.nodes[i].lost[b] && !self.includes(self.nodes[i].blocks[b], self.nodes[j].owed[b]) {
+            if self.nodes[i].lost[b]
+                && !self.includes(self.nodes[i].blocks[b], self.nodes[j].owed[b])
+            {
                 // Accepted: the promoted copy itself lost power after it.
                 self.nodes[j].owed[b] = self.nodes[i].blocks[b];
             }
         }
         let newest = if connected {
-            self.nodes[i].meta.epoch.number.max(self.nodes[j].meta.epoch.number)
+            self.nodes[i]
+                .meta
+                .epoch
+                .number
+                .max(self.nodes[j].meta.epoch.number)
         } else {
             self.nodes[i].meta.epoch.number
         };
         self.flush(i);
         let n = &mut self.nodes[i];
-        n.meta.epoch = Epoch { number: newest + 1, owner: i as u8 };
+        n.meta.epoch = Epoch {
+            number: newest + 1,
+            owner: i as u8,
+        };
         n.meta.state = CopyState::UpToDate;
         n.meta.was_primary = true;
         n.meta.unsettled = false;
@@ -696,7 +767,10 @@ impl World {
             n.meta.version += 1;
             n.meta.solo = true;
         }
-        let cause = if matches!(kind, PromotionKind::Forced | PromotionKind::ForcedAfterRollback | PromotionKind::First) {
+        let cause = if matches!(
+            kind,
+            PromotionKind::Forced | PromotionKind::ForcedAfterRollback | PromotionKind::First
+        ) {
             GenerationCause::Force
         } else {
             GenerationCause::Promotion
@@ -735,7 +809,12 @@ impl World {
     }
 
     /// Both are up and reach each other.
-    fn meet(&self, mutation: Option<Mutation>, seen: &mut dyn FnMut(Row, &Outcome), steps: &mut Vec<Step>) {
+    fn meet(
+        &self,
+        mutation: Option<Mutation>,
+        seen: &mut dyn FnMut(Row, &Outcome),
+        steps: &mut Vec<Step>,
+    ) {
         let mut w = self.clone();
         for i in 0..2 {
             let peer_incarnation = w.nodes[1 - i].incarnation;
@@ -765,7 +844,12 @@ impl World {
                 let (y, x) = (usize::from(failed.0), usize::from(server.0));
                 if let Some(b) = w.unpaid(x, y, &d.row) {
                     let owed = w.nodes[y].owed[b];
-                    steps.push((what.clone(), Err(format!("{what}: the server lacks acknowledged write {owed} of block {b}"))));
+                    steps.push((
+                        what.clone(),
+                        Err(format!(
+                            "{what}: the server lacks acknowledged write {owed} of block {b}"
+                        )),
+                    ));
                 }
             }
             // Nothing changes.
@@ -785,7 +869,13 @@ impl World {
     fn introduce(&mut self, i: usize) {
         let peer = &self.nodes[1 - i];
         let (disk, counter, incarnation) = (peer.meta.disk, peer.meta.counter, peer.incarnation);
-        let durable = (peer.meta.generations.last().map_or(GenerationId(0), |g| g.id), peer.meta.position);
+        let durable = (
+            peer.meta
+                .generations
+                .last()
+                .map_or(GenerationId(0), |g| g.id),
+            peer.meta.position,
+        );
         let m = &mut self.nodes[i].meta;
         m.known = true;
         (m.known_disk, m.known_incarnation) = (disk, incarnation);
@@ -793,16 +883,33 @@ impl World {
         m.known_durable = durable;
     }
 
-    fn begin_copy(mut self, what: String, plan: CopyPlan, row: Row, facts: &[Facts; 2], steps: &mut Vec<Step>) {
+    fn begin_copy(
+        mut self,
+        what: String,
+        plan: CopyPlan,
+        row: Row,
+        facts: &[Facts; 2],
+        steps: &mut Vec<Step>,
+    ) {
         let (x, y) = (usize::from(plan.source.0), usize::from(plan.target.0));
         let told = plan.surplus.is_some_and(|s| s.acknowledged);
         if !told && let Some(b) = self.unpaid(x, y, &row) {
             let owed = self.nodes[y].owed[b];
-            steps.push((what.clone(), Err(format!("{what}: gives up acknowledged write {owed} of block {b} and does not say so"))));
+            steps.push((
+                what.clone(),
+                Err(format!(
+                    "{what}: gives up acknowledged write {owed} of block {b} and does not say so"
+                )),
+            ));
             return;
         }
-        if facts[x].target_of != GenerationId(0) || matches!(facts[x].state, CopyState::Blank | CopyState::Failed) {
-            steps.push((what.clone(), Err(format!("{what}: the source is {:?}", facts[x].state))));
+        if facts[x].target_of != GenerationId(0)
+            || matches!(facts[x].state, CopyState::Blank | CopyState::Failed)
+        {
+            steps.push((
+                what.clone(),
+                Err(format!("{what}: the source is {:?}", facts[x].state)),
+            ));
             return;
         }
         // The source records it first.
@@ -818,7 +925,7 @@ impl World {
         }
         for b in 0..BLOCKS {
             // Forgiven above, or told: not asked about twice.
-            if !told && !self.includes(self.nodes[x].blocks[b], self.nodes[y].owed[b]) {
+            if !self.includes(self.nodes[x].blocks[b], self.nodes[y].owed[b]) {
                 self.nodes[y].owed[b] = self.nodes[x].blocks[b];
             }
         }
@@ -846,10 +953,17 @@ impl World {
             m.in_sync = 1 << x;
             m.needs_generation |= was_member;
         }
-        steps.push((format!("{what}; the target does not get to record it"), Ok(self.clone())));
+        steps.push((
+            format!("{what}; the target does not get to record it"),
+            Ok(self.clone()),
+        ));
         // Then the target.
         self.introduce(y);
-        let goal = self.nodes[x].meta.generations.last().map_or(GenerationId(0), |g| g.id);
+        let goal = self.nodes[x]
+            .meta
+            .generations
+            .last()
+            .map_or(GenerationId(0), |g| g.id);
         let (epoch, in_sync, version) = {
             let m = &self.nodes[x].meta;
             (m.epoch, m.in_sync, m.version)
@@ -862,7 +976,10 @@ impl World {
         }
         let m = &mut n.meta;
         if !continues {
-            m.before = (m.generations.last().map_or(GenerationId(0), |g| g.id), n.position);
+            m.before = (
+                m.generations.last().map_or(GenerationId(0), |g| g.id),
+                n.position,
+            );
             m.undo = (m.state != CopyState::Blank).then_some([None; BLOCKS]);
         }
         m.state = CopyState::Inconsistent;
@@ -876,20 +993,31 @@ impl World {
         if epoch.number > m.epoch.number {
             m.epoch = epoch;
         }
-        steps.push((format!("{what}; the source does not hear that the target is ready"), Ok(self.clone())));
+        steps.push((
+            format!("{what}; the source does not hear that the target is ready"),
+            Ok(self.clone()),
+        ));
         // The source counts the other as met only now.
         let incarnation = self.nodes[y].incarnation;
         let m = &mut self.nodes[x].meta;
         m.known_incarnation = incarnation;
         m.unsettled = false;
         m.peer_told = true;
-        self.link = Link::Resync { source: x, sent: [false; BLOCKS], becomes: plan.target_becomes as u8 };
+        self.link = Link::Resync {
+            source: x,
+            sent: [false; BLOCKS],
+            becomes: plan.target_becomes as u8,
+        };
         steps.push((what, Ok(self)));
     }
 
     fn resync_steps(&self, steps: &mut Vec<Step>) {
         match self.link {
-            Link::Resync { source: x, sent, becomes } => {
+            Link::Resync {
+                source: x,
+                sent,
+                becomes,
+            } => {
                 let y = 1 - x;
                 for b in (0..BLOCKS).filter(|b| self.nodes[x].meta.bits[*b] && !sent[*b]) {
                     let mut w = self.clone();
@@ -898,7 +1026,11 @@ impl World {
                     w.nodes[y].position = position;
                     let mut sent = sent;
                     sent[b] = true;
-                    w.link = Link::Resync { source: x, sent, becomes };
+                    w.link = Link::Resync {
+                        source: x,
+                        sent,
+                        becomes,
+                    };
                     steps.push((format!("block {b} is copied to {y}"), Ok(w)));
                 }
                 if sent.iter().any(|s| *s) {
@@ -908,7 +1040,11 @@ impl World {
                     for b in (0..BLOCKS).filter(|b| sent[*b]) {
                         w.nodes[x].meta.bits[b] = false;
                     }
-                    w.link = Link::Resync { source: x, sent: [false; BLOCKS], becomes };
+                    w.link = Link::Resync {
+                        source: x,
+                        sent: [false; BLOCKS],
+                        becomes,
+                    };
                     steps.push((format!("copy {y} flushes what was copied"), Ok(w)));
                 }
                 if self.nodes[x].meta.bits == [false; BLOCKS] {
@@ -946,14 +1082,21 @@ impl World {
         m.hot = [false; BLOCKS];
         (m.base, m.full_copy) = (goal, false);
         w.link = Link::Down;
-        steps.push((format!("copy {y} is Complete, the answer is lost"), Ok(w.clone())));
+        steps.push((
+            format!("copy {y} is Complete, the answer is lost"),
+            Ok(w.clone()),
+        ));
         w.link = Link::Mirroring;
         w.learn_complete(x, y);
         steps.push((format!("copy {y} is Complete"), Ok(w)));
     }
 
     fn learn_complete(&mut self, x: usize, y: usize) {
-        let goal = self.nodes[y].meta.generations.last().map_or(GenerationId(0), |g| g.id);
+        let goal = self.nodes[y]
+            .meta
+            .generations
+            .last()
+            .map_or(GenerationId(0), |g| g.id);
         let m = &mut self.nodes[x].meta;
         (m.base, m.full_copy) = (goal, false);
         m.hot = [false; BLOCKS];
@@ -962,7 +1105,10 @@ impl World {
     /// The source takes a Complete copy into S; the target hears of it, or not.
     fn join_s(&self, x: usize, y: usize, steps: &mut Vec<Step>) {
         let same = self.nodes[x].meta.generations == self.nodes[y].meta.generations;
-        if self.nodes[y].meta.state != CopyState::Complete || self.nodes[x].meta.state != CopyState::UpToDate || !same {
+        if self.nodes[y].meta.state != CopyState::Complete
+            || self.nodes[x].meta.state != CopyState::UpToDate
+            || !same
+        {
             return;
         }
         let mut w = self.clone();
@@ -979,7 +1125,10 @@ impl World {
             let mut lost = w.clone();
             lost.left.link_losses -= 1;
             lost.link = Link::Down;
-            steps.push((format!("copy {y} is in S and does not hear of it"), Ok(lost)));
+            steps.push((
+                format!("copy {y} is in S and does not hear of it"),
+                Ok(lost),
+            ));
         }
         let (in_sync, version) = (w.nodes[x].meta.in_sync, w.nodes[x].meta.version);
         let m = &mut w.nodes[y].meta;
@@ -997,13 +1146,31 @@ fn fold(m: &mut Meta) {
     }
 }
 
-fn made(id: u64, parent: u64, fork: Position, epoch: Epoch, cause: GenerationCause, maker: u8) -> Generation {
-    Generation { id: GenerationId(id), parent: GenerationId(parent), fork_position: fork, epoch, cause, maker }
+fn made(
+    id: u64,
+    parent: u64,
+    fork: Position,
+    epoch: Epoch,
+    cause: GenerationCause,
+    maker: u8,
+) -> Generation {
+    Generation {
+        id: GenerationId(id),
+        parent: GenerationId(parent),
+        fork_position: fork,
+        epoch,
+        cause,
+        maker,
+    }
 }
 
 /// The newest generation both have.
 fn common(a: &Facts, b: &Facts) -> GenerationId {
-    history::chain(a).into_iter().rev().find(|id| history::holds(b, *id)).unwrap_or(GenerationId(0))
+    history::chain(a)
+        .into_iter()
+        .rev()
+        .find(|id| history::holds(b, *id))
+        .unwrap_or(GenerationId(0))
 }
 
 fn mutate(d: &mut Decision, mutation: Mutation) {
@@ -1013,9 +1180,15 @@ fn mutate(d: &mut Decision, mutation: Mutation) {
             Outcome::Diskless { failed, server } => std::mem::swap(failed, server),
             _ => {}
         },
-        Mutation::Skip(row) if row == d.row && matches!(d.outcome, Outcome::Copy(_)) => d.outcome = Outcome::Nothing,
+        Mutation::Skip(row) if row == d.row && matches!(d.outcome, Outcome::Copy(_)) => {
+            d.outcome = Outcome::Nothing
+        }
         Mutation::Guess(row, source)
-            if row == d.row && !matches!(d.outcome, Outcome::Copy(_) | Outcome::Nothing | Outcome::Diskless { .. }) =>
+            if row == d.row
+                && !matches!(
+                    d.outcome,
+                    Outcome::Copy(_) | Outcome::Nothing | Outcome::Diskless { .. }
+                ) =>
         {
             d.outcome = Outcome::Copy(CopyPlan {
                 source: Slot(source),
