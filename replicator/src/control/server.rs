@@ -422,18 +422,20 @@ async fn answer<N: Node>(
                     return;
                 }
             }
-            while follow {
-                let received = tokio::select! {
-                    received = coming.recv() => received,
-                    () = stopped(&mut stopping) => break,
-                };
-                let answer = match received {
-                    Ok(event) => Answer::Event(event),
-                    Err(RecvError::Lagged(count)) => Answer::Missed { count },
-                    Err(RecvError::Closed) => break,
-                };
-                if !send(answer).await {
-                    return;
+            if follow {
+                loop {
+                    let received = tokio::select! {
+                        received = coming.recv() => received,
+                        () = stopped(&mut stopping) => break,
+                    };
+                    let answer = match received {
+                        Ok(event) => Answer::Event(event),
+                        Err(RecvError::Lagged(count)) => Answer::Missed { count },
+                        Err(RecvError::Closed) => break,
+                    };
+                    if !send(answer).await {
+                        return;
+                    }
                 }
             }
             send(Answer::End).await;
