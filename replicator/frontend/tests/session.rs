@@ -331,7 +331,9 @@ fn writes_wait_for_memory_and_then_go_on() {
 
 #[test]
 fn a_superseded_export_answers_what_is_in_flight_and_ends_its_sessions() {
-    let server = Running::start(Setup::default());
+    let mut setup = Setup::default();
+    setup.limits.close_timeout = std::time::Duration::from_secs(3600);
+    let server = Running::start(setup);
     let mut client = Client::open(&server.socket(), true);
     let mut unfinished = Client::open(&server.socket(), true);
     assert_eq!(
@@ -342,7 +344,9 @@ fn a_superseded_export_answers_what_is_in_flight_and_ends_its_sessions() {
     client.send(header(command::WRITE, 2, 0, 4), b"lost");
     client.send(header(command::READ, 3, 0, 4), &[]);
     unfinished.send(header(command::WRITE, 4, 0, 100_000), &[1; 50_000]);
-    server.until("both are held", |server| server.exports().0.held() == 2);
+    server.until("two are held and one is half here", |server| {
+        server.exports().0.held() == 2 && server.exports().0.lent() == 100_004
+    });
     server.on_volume(|volume| volume.close_signal().close(CloseReason::Superseded));
     let mut cookies = Vec::new();
     for _ in 0..2 {
@@ -354,7 +358,12 @@ fn a_superseded_export_answers_what_is_in_flight_and_ends_its_sessions() {
     cookies.sort_unstable();
     assert_eq!(cookies, [2, 3]);
     client.expect_closed();
+    // A write whose payload is still under way is answered once that has passed.
+    unfinished.stream.write_all(&[1; 50_000]).expect("the rest");
+    let reply = unfinished.reply(0);
+    assert_eq!((reply.cookie, reply.error), (4, ESHUTDOWN));
     unfinished.expect_closed();
+    drop((client, unfinished));
     // Late completions find nobody, and hurt nobody.
     server.on_volume(|volume| volume.release());
     server.until("every session is gone", |server| {
