@@ -6,7 +6,9 @@
 //! turn, the contents of some more slots, so that the ring always tells the contents of all of them, even with
 //! its newest block torn. `docs/metadata-in-memory.md` has the states of a slot.
 
-use holdfast_wire_format::activity_log::{self as layout, CONTEXT, ExtentKey, LogBlock, MAX_SLOTS, UPDATES};
+use holdfast_wire_format::activity_log::{
+    self as layout, CONTEXT, ExtentKey, LogBlock, MAX_SLOTS, UPDATES,
+};
 use std::collections::BTreeMap;
 
 const NO_SLOT: u16 = u16::MAX;
@@ -76,7 +78,9 @@ impl ActivityLog {
     /// resync of 11 GiB at most, so a longer ring trades fewer transactions for a longer resync.
     #[must_use]
     pub fn slots_for(ring_blocks: u32) -> usize {
-        (ring_blocks.saturating_sub(1) as usize).saturating_mul(CONTEXT).min(MAX_SLOTS)
+        (ring_blocks.saturating_sub(1) as usize)
+            .saturating_mul(CONTEXT)
+            .min(MAX_SLOTS)
     }
 
     /// An empty log on a ring of `ring_blocks` zeroed blocks.
@@ -85,12 +89,21 @@ impl ActivityLog {
     /// If the ring is too short for `slots`, or `slots` is 0 or above [`MAX_SLOTS`].
     #[must_use]
     pub fn new(slots: usize, ring_blocks: u32) -> Self {
-        assert!((1..=MAX_SLOTS).contains(&slots), "{slots} slots of the activity log are outside 1..={MAX_SLOTS}");
+        assert!(
+            (1..=MAX_SLOTS).contains(&slots),
+            "{slots} slots of the activity log are outside 1..={MAX_SLOTS}"
+        );
         assert!(
             slots <= Self::slots_for(ring_blocks),
             "a ring of {ring_blocks} blocks can't carry {slots} slots of the activity log"
         );
-        let empty = SlotEntry { state: State::Empty, key: None, references: 0, colder: NO_SLOT, warmer: NO_SLOT };
+        let empty = SlotEntry {
+            state: State::Empty,
+            key: None,
+            references: 0,
+            colder: NO_SLOT,
+            warmer: NO_SLOT,
+        };
         ActivityLog {
             slots: vec![empty; slots],
             by_key: BTreeMap::new(),
@@ -106,7 +119,9 @@ impl ActivityLog {
     /// Whether a write may rely on this extent being in the durable log (D6).
     #[must_use]
     pub fn is_hot(&self, key: ExtentKey) -> bool {
-        self.by_key.get(&key).is_some_and(|slot| self.slots[*slot as usize].state == State::Hot)
+        self.by_key
+            .get(&key)
+            .is_some_and(|slot| self.slots[*slot as usize].state == State::Hot)
     }
 
     /// Keeps a hot extent hot until [`release`](Self::release): a write into it is not stable.
@@ -238,9 +253,13 @@ impl ActivityLog {
             while found.is_none() && last_resort > at + 1 {
                 last_resort -= 1;
                 let old = wanted[last_resort];
-                let slot = self.by_key.get(&old).copied().filter(|s| self.slots[*s as usize].references == 0);
+                let slot = self
+                    .by_key
+                    .get(&old)
+                    .copied()
+                    .filter(|s| self.slots[*s as usize].references == 0);
                 if let Some(slot) = slot
-                    && rank[&old] > at
+                    && rank[&old] == last_resort
                     && self.slots[slot as usize].state != State::Leaving
                     && may_evict(old)
                 {
@@ -261,11 +280,21 @@ impl ActivityLog {
             return None;
         }
         let sequence = self.next_sequence;
-        let updates = changes.iter().map(|(slot, key)| (*slot, Some(*key))).collect();
+        let updates = changes
+            .iter()
+            .map(|(slot, key)| (*slot, Some(*key)))
+            .collect();
         let bytes = self.encode(sequence, updates, &changes);
         let added = changes.iter().map(|(_, key)| *key).collect();
         self.pending = Some(Pending { sequence, changes });
-        Some(Transaction { sequence, ring_block: self.ring_block(sequence), bytes, added, evicted, still_waiting })
+        Some(Transaction {
+            sequence,
+            ring_block: self.ring_block(sequence),
+            bytes,
+            added,
+            evicted,
+            still_waiting,
+        })
     }
 
     /// The transaction is durable: what it added is hot, what it evicted is out of the set.
@@ -322,7 +351,10 @@ impl ActivityLog {
     /// # Panics
     /// If the ring has fewer than 2 blocks.
     #[must_use]
-    pub fn recover<'a>(ring_blocks: u32, blocks: impl Iterator<Item = (u32, &'a [u8])>) -> (Self, bool) {
+    pub fn recover<'a>(
+        ring_blocks: u32,
+        blocks: impl Iterator<Item = (u32, &'a [u8])>,
+    ) -> (Self, bool) {
         let log = Self::new(Self::slots_for(ring_blocks), ring_blocks);
         log.recovered(blocks)
     }
@@ -353,12 +385,20 @@ impl ActivityLog {
     /// # Panics
     /// If a transaction is in flight or an extent is held.
     pub fn reset(&mut self) -> Vec<(u32, [u8; 4096])> {
-        assert!(self.pending.is_none(), "the activity log is emptied while a transaction is in flight");
-        assert!(self.slots.iter().all(|s| s.references == 0), "the activity log is emptied while extents are held");
+        assert!(
+            self.pending.is_none(),
+            "the activity log is emptied while a transaction is in flight"
+        );
+        assert!(
+            self.slots.iter().all(|s| s.references == 0),
+            "the activity log is emptied while extents are held"
+        );
         let first = self.next_sequence;
         *self = Self::new(self.slots.len(), self.ring_blocks);
         self.next_sequence = first + u64::from(self.ring_blocks);
-        (first..self.next_sequence).map(|s| (self.ring_block(s), self.encode(s, Vec::new(), &[]))).collect()
+        (first..self.next_sequence)
+            .map(|s| (self.ring_block(s), self.encode(s, Vec::new(), &[])))
+            .collect()
     }
 
     // --- inside ---
@@ -370,7 +410,10 @@ impl ActivityLog {
     fn take_pending(&mut self, sequence: u64) -> Pending {
         match self.pending.take() {
             Some(pending) if pending.sequence == sequence => pending,
-            other => panic!("activity-log transaction {sequence} ended, in flight is {:?}", other.map(|p| p.sequence)),
+            other => panic!(
+                "activity-log transaction {sequence} ended, in flight is {:?}",
+                other.map(|p| p.sequence)
+            ),
         }
     }
 
@@ -396,16 +439,26 @@ impl ActivityLog {
             })
             .collect();
         let slots = self.slots.len() as u16;
-        layout::encode(&LogBlock { sequence, slots, updates, context_start: first, context })
+        layout::encode(&LogBlock {
+            sequence,
+            slots,
+            updates,
+            context_start: first,
+            context,
+        })
     }
 
     fn read_block(&self, at: u32, bytes: &[u8]) -> Found {
         if bytes.iter().all(|b| *b == 0) {
             return Found::Blank;
         }
-        let block = <&[u8; 4096]>::try_from(bytes).ok().and_then(|b| layout::decode(b).ok());
+        let block = <&[u8; 4096]>::try_from(bytes)
+            .ok()
+            .and_then(|b| layout::decode(b).ok());
         let belongs = |b: &LogBlock| {
-            b.sequence > 0 && self.ring_block(b.sequence) == at && b.slots as usize == self.slots.len()
+            b.sequence > 0
+                && self.ring_block(b.sequence) == at
+                && b.slots as usize == self.slots.len()
         };
         block.filter(belongs).map_or(Found::Damaged, Found::Valid)
     }
@@ -422,12 +475,9 @@ impl ActivityLog {
         if !matches!(next, Found::Damaged) && next.sequence() != before_next {
             return None;
         }
-        if newest < blocks {
-            let untouched = newest + 2..blocks + u64::from(newest < blocks - 1);
-            if untouched.into_iter().any(|s| !matches!(ring[(s % blocks) as usize], Found::Blank)) {
-                return None;
-            }
-        } 
+        if (newest + 2..=blocks).any(|s| !matches!(ring[(s % blocks) as usize], Found::Blank)) {
+            return None;
+        }
         if let Some(older) = (newest + 2).checked_sub(blocks).filter(|s| *s > 0)
             && ring[(older % blocks) as usize].sequence() != Some(older)
         {
@@ -438,7 +488,9 @@ impl ActivityLog {
         let mut sequence = newest;
         // From the newest back: what is known of a slot first is the newest.
         while open > 0 && sequence > 0 {
-            let Found::Valid(block) = &ring[(sequence % blocks) as usize] else { return None };
+            let Found::Valid(block) = &ring[(sequence % blocks) as usize] else {
+                return None;
+            };
             if block.sequence != sequence {
                 return None;
             }
@@ -446,9 +498,11 @@ impl ActivityLog {
             if block.context_start != first || block.context.len() != count {
                 return None;
             }
-            let carried = block.context.iter().enumerate().map(|(at, key)| {
-                (((first as usize + at) % self.slots.len()) as u16, *key)
-            });
+            let carried = block
+                .context
+                .iter()
+                .enumerate()
+                .map(|(at, key)| (((first as usize + at) % self.slots.len()) as u16, *key));
             for (slot, key) in block.updates.iter().copied().chain(carried) {
                 let content = contents.get_mut(slot as usize)?;
                 if content.is_none() {

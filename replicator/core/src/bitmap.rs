@@ -8,12 +8,13 @@
 //! peer, an extent that cools); bits that were cleared become durable when it suits, because a stale set bit
 //! costs a transfer only. `docs/metadata-in-memory.md` has the states and the order of the writes.
 
-/// Bits of one page.
-pub const PAGE_BITS: u64 = 32_640;
-/// Words of one page; bit `i` of a page is bit `i % 64` of word `i / 64`.
-pub const PAGE_WORDS: usize = 510;
+use holdfast_wire_format::bitmap_page;
+pub use holdfast_wire_format::bitmap_page::PAGE_WORDS;
+
+/// Bits of one page; bit `i` is bit `i % 64` of word `i / 64`.
+pub const PAGE_BITS: u64 = bitmap_page::BITS_PER_PAGE as u64;
 /// Pages whose summary bytes share one block on disk.
-pub const SUMMARY_BLOCK_PAGES: u64 = 4080;
+pub const SUMMARY_BLOCK_PAGES: u64 = bitmap_page::SUMMARY_ENTRIES as u64;
 
 /// Summary byte: no bit of the page is set; what the page itself holds on disk does not count.
 pub const SUMMARY_CLEAN: u8 = 0;
@@ -30,8 +31,6 @@ pub const MIN_PARTIAL_PAGES: usize = 8;
 const MARK_BITS: u64 = PAGE_BITS / 64;
 /// Pages that a resync is taking apart and that are not made all set again: see `make_partial`.
 const SHIELDED: usize = 4;
-/// Buffers of former partial pages kept for the next ones.
-const SPARE_PAGES: usize = 32;
 const NO_PAGE: u32 = u32::MAX;
 
 /// The words of one page.
@@ -118,7 +117,6 @@ pub struct DirtyBitmap {
     shielded: [u32; SHIELDED],
     shield_next: usize,
     collapsed: u64,
-    spare: Vec<Box<PageWords>>,
     summary_pages: u64,
     /// Summary blocks being written.
     summary_in_flight: PageSet,
@@ -153,7 +151,6 @@ impl DirtyBitmap {
             shielded: [NO_PAGE; SHIELDED],
             shield_next: 0,
             collapsed: 0,
-            spare: Vec::new(),
             summary_pages: SUMMARY_BLOCK_PAGES,
             summary_in_flight: PageSet::default(),
             saves: 0,
@@ -207,7 +204,7 @@ impl DirtyBitmap {
         if tail != 0 {
             let page = (old_bits / PAGE_BITS) as usize;
             if matches!(self.pages[page].content, Content::AllSet) {
-                let mut words = self.take_words();
+                let mut words = Box::new([0; PAGE_WORDS]);
                 fill(&mut words, 0, tail);
                 self.make_partial(page, words, tail as u32);
                 self.unsaved_clears.insert(page);
@@ -697,7 +694,7 @@ impl DirtyBitmap {
                 self.make_whole(page, Content::AllSet, length as u32)
             }
             Content::Clean => {
-                let mut words = self.take_words();
+                let mut words = Box::new([0; PAGE_WORDS]);
                 fill(&mut words, from, to);
                 self.make_partial(page, words, (to - from) as u32);
             }
@@ -728,7 +725,7 @@ impl DirtyBitmap {
             Content::Clean => return 0,
             Content::AllSet if to - from == length => self.make_whole(page, Content::Clean, 0),
             Content::AllSet => {
-                let mut words = self.take_words();
+                let mut words = Box::new([0; PAGE_WORDS]);
                 fill(&mut words, 0, length);
                 let count = old - drain(&mut words, from, to);
                 self.make_partial(page, words, count);
@@ -765,12 +762,9 @@ impl DirtyBitmap {
     /// Turns a page into one that holds no words.
     fn make_whole(&mut self, page: usize, content: Content, count: u32) {
         let old = std::mem::replace(&mut self.pages[page].content, content);
-        if let Content::Partial(words) = old {
+        if let Content::Partial(_) = old {
             self.leave_bucket(page);
             self.partial -= 1;
-            if self.spare.len() < SPARE_PAGES {
-                self.spare.push(words);
-            }
         }
         self.settle_count(page, count);
     }
@@ -836,16 +830,6 @@ impl DirtyBitmap {
         bucket.swap_remove(place as usize);
         if let Some(moved) = bucket.get(place as usize) {
             self.pages[*moved as usize].place = place;
-        }
-    }
-
-    fn take_words(&mut self) -> Box<PageWords> {
-        match self.spare.pop() {
-            Some(mut words) => {
-                words.fill(0);
-                words
-            }
-            None => Box::new([0; PAGE_WORDS]),
         }
     }
 

@@ -99,7 +99,7 @@ pub(crate) enum Op {
     /// One local flush of one volume, part of flush round `round`.
     LocalFlush { round: u64 },
     /// Source side of a resync: reading a chunk.
-    ResyncRead { peer: Slot, session: u64, sequence: u64 },
+    ResyncRead { peer: Slot, session: u64, chunk: u64 },
     /// Source side of a verify.
     VerifyRead { peer: Slot, session: u64, sequence: u64 },
     Superblock { sequence: u64, volume: VolumeIndex },

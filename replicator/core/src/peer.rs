@@ -51,6 +51,9 @@ impl Relation {
 /// Bytes of resync the source has read or sent and the target has not made durable.
 #[derive(Clone, Debug)]
 pub(crate) struct Chunk {
+    /// Names it while it is read.
+    pub id: u64,
+    /// Its place in the stream, given when it is sent; 0 before.
     pub sequence: u64,
     pub volume: VolumeIndex,
     pub offset: u64,
@@ -74,6 +77,7 @@ pub(crate) enum ChunkState {
 #[derive(Clone, Debug, Default)]
 pub(crate) struct SourceState {
     pub chunks: VecDeque<Chunk>,
+    pub next_id: u64,
     pub next_sequence: u64,
     /// Where the next run is looked for.
     pub cursor: (usize, u64),

@@ -22,11 +22,12 @@ impl Core {
             let Some((volume, offset, length)) = self.next_chunk(at) else { break };
             let Some(session) = self.peers[at].session else { return };
             let source = &mut self.peers[at].source;
-            let sequence = source.next_sequence;
-            source.next_sequence += 1;
+            let id = source.next_id;
+            source.next_id += 1;
             source.outstanding_bytes += u64::from(length);
             source.chunks.push_back(Chunk {
-                sequence,
+                id,
+                sequence: 0,
                 volume,
                 offset,
                 length,
@@ -35,7 +36,7 @@ impl Core {
                 buf: 0,
             });
             let slot = self.peers[at].slot;
-            let key = self.ops.insert(Op::ResyncRead { peer: slot, session: session.0, sequence });
+            let key = self.ops.insert(Op::ResyncRead { peer: slot, session: session.0, chunk: id });
             // The chunk is read as if it were a write: no write to it is in flight meanwhile, so what is sent is
             // what the disk holds, and what comes later is mirrored behind it (D8).
             if self.overlap.insert(key, volume.0, offset, u64::from(length)) == 0 {
@@ -84,12 +85,12 @@ impl Core {
 
     /// The peer and the index of the chunk an operation reads; none if the session ended.
     fn chunk_of(&self, key: usize) -> Option<(usize, usize)> {
-        let Some(Op::ResyncRead { peer, session, sequence }) = self.ops.get(key) else { return None };
+        let Some(Op::ResyncRead { peer, session, chunk }) = self.ops.get(key) else { return None };
         let at = self.peer_index(*peer)?;
         if self.peers[at].session.map(|s| s.0) != Some(*session) {
             return None;
         }
-        let chunk = self.peers[at].source.chunks.iter().position(|c| c.sequence == *sequence)?;
+        let chunk = self.peers[at].source.chunks.iter().position(|c| c.id == *chunk)?;
         Some((at, chunk))
     }
 
@@ -117,8 +118,13 @@ impl Core {
             }
             return;
         };
-        let chunk = &mut self.peers[at].source.chunks[chunk];
+        let source = &mut self.peers[at].source;
+        // Numbered in the order of the stream: reads end in any order.
+        let sequence = source.next_sequence;
+        source.next_sequence += 1;
+        let chunk = &mut source.chunks[chunk];
         chunk.state = ChunkState::Sent;
+        chunk.sequence = sequence;
         let (volume, offset, length, sequence, buf) =
             (chunk.volume, chunk.offset, chunk.length, chunk.sequence, BufId(chunk.buf));
         let mut header = self.header(if zero { FrameKind::ResyncZero } else { FrameKind::ResyncData });
@@ -199,11 +205,12 @@ impl Core {
             return;
         }
         self.peers[at].source.flush_sent = false;
-        while let Some(chunk) = self.peers[at].source.chunks.front() {
+        let chunks = std::mem::take(&mut self.peers[at].source.chunks);
+        for chunk in chunks {
             if chunk.sequence > through || chunk.state != ChunkState::Acked {
-                break;
+                self.peers[at].source.chunks.push_back(chunk);
+                continue;
             }
-            let Some(chunk) = self.peers[at].source.chunks.pop_front() else { break };
             self.peers[at].source.acked_unflushed_bytes -= u64::from(chunk.length);
             if !chunk.redirtied {
                 self.peers[at].bitmaps[chunk.volume.0 as usize].clear(chunk.offset, u64::from(chunk.length));

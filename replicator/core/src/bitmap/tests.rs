@@ -3,7 +3,7 @@ use proptest::prelude::*;
 
 const GRAIN: u8 = 12;
 /// Two and a half pages, and a last block that is not whole.
-const SIZE: u64 = (PAGE_BITS * 5 / 2 << GRAIN) - 512;
+const SIZE: u64 = ((PAGE_BITS * 5 / 2) << GRAIN) - 512;
 const PAGE_BYTES: u64 = PAGE_BITS << GRAIN;
 
 fn all_bits(bitmap: &DirtyBitmap) -> Vec<bool> {
@@ -112,15 +112,37 @@ fn d8_resync_ends_although_pages_collapse() {
         cleared += b.clear(offset, length);
         from = first + bits;
         transfers += bits;
-        // A client that dirties what was copied already, far behind.
+        // A client that dirties what was copied already, behind.
         round += 1;
         let page = round * 7 % (first / PAGE_BITS + 1);
         if page < first / PAGE_BITS {
-            b.set(page * PAGE_BYTES + (round % 1000 << GRAIN), 4096);
+            b.set(page * PAGE_BYTES + ((round % 1000) << GRAIN), 4096);
         }
+        assert!(
+            !b.any_set(offset, length),
+            "what was copied came back by a collapse"
+        );
         assert!(transfers <= pages * PAGE_BITS, "a block was copied twice");
     }
     assert_eq!(cleared, pages * PAGE_BITS);
+}
+
+/// After a failed summary write the disk may still say "clean" of a page that memory believes announced.
+#[test]
+fn d7_a_failed_summary_write_is_made_good_by_the_next_save() {
+    let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
+    b.set(0, 4096);
+    assert!(b.begin_save(0).is_some());
+    assert_eq!(b.page_saved(0), AfterPage::SummaryDue(0));
+    assert!(b.begin_summary(0).is_some());
+    b.summary_failed(0);
+    assert!(b.unsaved_sets_in(0, 4096));
+    assert!(b.begin_save(0).is_some());
+    assert_eq!(
+        b.page_saved(0),
+        AfterPage::SummaryDue(0),
+        "the page alone is not enough"
+    );
 }
 
 #[test]

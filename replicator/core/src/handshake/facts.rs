@@ -76,18 +76,11 @@ pub(super) fn may_be_source(f: &Facts) -> bool {
         && !blank(f)
 }
 
-/// Each side has recorded the other's present incarnation: the handshake after the last start was finished.
-fn met(a: &Facts, b: &Facts) -> bool {
-    a.about_peer.known
-        && b.about_peer.known
-        && a.about_peer.incarnation == b.incarnation
-        && b.about_peer.incarnation == a.incarnation
-}
-
-/// `f` stopped uncleanly and that was not yet dealt with in a finished handshake with `other`. A primary that
-/// serves has dealt with it: it made a new generation first.
-pub(super) fn unclean(f: &Facts, other: &Facts) -> bool {
-    f.unclean_start && !f.is_primary && !met(f, other)
+/// `f` stopped uncleanly and has neither become a target nor come into a new generation since: its position is a
+/// lower bound. A primary that serves made a new generation first. Whether the other copy has met this incarnation
+/// says nothing: it may have recorded its half of a handshake that was never finished.
+pub(super) fn unclean(f: &Facts) -> bool {
+    f.unclean_start && !f.is_primary
 }
 
 /// How far the copy got in its generation: what a live primary issued, else what it holds.
@@ -187,7 +180,7 @@ pub(super) fn surplus_beyond(y: &Facts, x: &Facts, child: &Generation) -> Option
     let beyond = reach(y) > child.fork_position;
     // A position after an unclean stop is a lower bound. Only when the primary of that very generation lived on
     // and left its peer behind is it certain that nobody holds more than that primary.
-    let unknown = unclean(y, x) && child.cause != GenerationCause::PeerLost;
+    let unknown = unclean(y) && child.cause != GenerationCause::PeerLost;
     if !beyond && !unknown {
         return None;
     }
@@ -225,7 +218,7 @@ pub(super) fn wrote_nothing(
     {
         return true;
     }
-    if unclean(f, other) || branch.fork_position > other_fork {
+    if unclean(f) || branch.fork_position > other_fork {
         return false;
     }
     let later = f

@@ -357,7 +357,7 @@ impl<'a> Meeting<'a> {
         }
         // Everything the target received came from X itself, or lies in the generation X is still in and before
         // X's end of it. Else what it received may lie past the point where X left: only its undo log names those.
-        if from_x || (goal == current(x) && y.position <= reach(x) && !unclean(x, y)) {
+        if from_x || (goal == current(x) && y.position <= reach(x) && !unclean(x)) {
             How::Bits
         } else if y.undo_intact && !y.flags.undo_lost {
             How::BitsAndUndo
@@ -393,7 +393,7 @@ impl<'a> Meeting<'a> {
             );
             return refuse(Row::R1, Problem::Defect { detail });
         }
-        match (unclean(a, b), unclean(b, a)) {
+        match (unclean(a), unclean(b)) {
             (true, true) => self.both_unclean(),
             (true, false) => self.one_unclean(b, a),
             (false, true) => self.one_unclean(a, b),
@@ -666,7 +666,7 @@ impl<'a> Meeting<'a> {
             || store.generation != current(y)
             || self.record.owner != Some(y.slot)
             || !self.record.in_s(y)
-            || unclean(y, x)
+            || unclean(y)
         {
             return None;
         }

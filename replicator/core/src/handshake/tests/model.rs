@@ -44,7 +44,7 @@ struct Meta {
     epoch: Epoch,
     state: CopyState,
     unclean: bool,
-    /// An unclean start that no finished handshake has dealt with.
+    /// Stopped uncleanly, and neither became a target nor came into a new generation since.
     unsettled: bool,
     was_primary: bool,
     rolled_back: bool,
@@ -675,6 +675,7 @@ impl World {
                 peer.meta.generations.push(generation);
                 peer.position = 0;
                 peer.meta.position = 0;
+                peer.meta.unsettled = false;
             }
             Link::Resync { .. } => peer.meta.target_of = GenerationId(id.into()),
         }
@@ -834,7 +835,6 @@ impl World {
             Outcome::Nothing => {
                 for i in 0..2 {
                     w.introduce(i);
-                    w.nodes[i].meta.unsettled = false;
                 }
                 w.link = Link::Mirroring;
                 steps.push((what, Ok(w)));
@@ -1001,7 +1001,6 @@ impl World {
         let incarnation = self.nodes[y].incarnation;
         let m = &mut self.nodes[x].meta;
         m.known_incarnation = incarnation;
-        m.unsettled = false;
         m.peer_told = true;
         self.link = Link::Resync {
             source: x,

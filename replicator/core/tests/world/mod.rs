@@ -1,0 +1,595 @@
+//! A small deterministic world of copies: disks with a volatile cache, links in order, steps in random order.
+
+use holdfast_replicator_core::api::*;
+use holdfast_replicator_core::{Core, CreateParameters, CreateVolume, create};
+use holdfast_wire_format::frame::*;
+use holdfast_wire_format::frame_codec::{decode_body, decode_header, encode_body, encode_header};
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+use std::collections::{BTreeMap, VecDeque};
+
+pub const BLOCK: u64 = 4096;
+
+pub struct Rng(pub u64);
+impl Rng {
+    pub fn next(&mut self) -> u64 {
+        self.0 = self.0.wrapping_add(0x9e37_79b9_7f4a_7c15);
+        let mut z = self.0;
+        z = (z ^ (z >> 30)).wrapping_mul(0xbf58_476d_1ce4_e5b9);
+        z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
+        z ^ (z >> 31)
+    }
+    pub fn below(&mut self, n: u64) -> u64 {
+        self.next() % n
+    }
+    pub fn chance(&mut self, percent: u64) -> bool {
+        self.below(100) < percent
+    }
+}
+
+#[derive(Clone, Default)]
+pub struct Disk {
+    /// What a read sees.
+    pub data: Vec<Vec<u8>>,
+    /// What survives a power cut for certain.
+    pub durable: Vec<Vec<u8>>,
+    pub meta: BTreeMap<(u16, u64), Vec<u8>>,
+}
+
+pub struct Node {
+    pub core: Option<Core>,
+    pub disk: Disk,
+    pub bufs: BTreeMap<u64, Vec<u8>>,
+    pub pending: Vec<Action>,
+    pub completed: Vec<(RequestId, Status)>,
+    pub admin: BTreeMap<u64, AdminResult>,
+    pub notices: Vec<Notice>,
+    pub wants: Vec<Slot>,
+    pub starts: u64,
+    pub reads: BTreeMap<RequestId, (BufId, Vec<u8>)>,
+}
+
+pub struct World {
+    pub rng: Rng,
+    pub now: Time,
+    pub nodes: Vec<Node>,
+    /// (from, to) → frames in order; a link exists while `sessions` has the pair.
+    pub wires: BTreeMap<(usize, usize), VecDeque<(Vec<u8>, Vec<u8>)>>,
+    pub sessions: BTreeMap<(usize, usize), SessionId>,
+    pub cut: Vec<(usize, usize)>,
+    next_session: u64,
+    next_admin: u64,
+    pub next_request: u64,
+    volumes: Vec<u64>,
+    pub modes: Vec<Mode>,
+    pub policy: OnPeerLoss,
+    pub trace: bool,
+    pub tuning: Tuning,
+}
+
+const SERVICE: Uuid = Uuid(0x1111_2222_3333_4444_5555_6666_7777_8888);
+
+fn node_id(n: usize) -> Uuid {
+    Uuid(0x1000 + n as u128)
+}
+
+impl MetaSource for &Disk {
+    fn read(&mut self, volume: VolumeIndex, offset: u64, bytes: &mut [u8]) -> Result<(), DiskError> {
+        bytes.fill(0);
+        if let Some(block) = self.meta.get(&(volume.0, offset)) {
+            bytes.copy_from_slice(block);
+        }
+        Ok(())
+    }
+}
+
+impl World {
+    pub fn new(seed: u64, modes: &[Mode], policy: OnPeerLoss, volumes: &[u64], zeroed: bool) -> World {
+        let mut world = World {
+            rng: Rng(seed),
+            now: Time(1_000_000_000),
+            nodes: Vec::new(),
+            wires: BTreeMap::new(),
+            sessions: BTreeMap::new(),
+            cut: Vec::new(),
+            next_session: 1,
+            next_admin: 1,
+            next_request: 1,
+            volumes: volumes.to_vec(),
+            modes: modes.to_vec(),
+            policy,
+            trace: std::env::var_os("TRACE").is_some(),
+            tuning: Tuning { resync_chunk_bytes: 64 << 10, resync_window_bytes: 256 << 10, ..Tuning::default() },
+        };
+        let in_sync = (0..modes.len())
+            .filter(|n| modes[*n] != Mode::Async)
+            .fold(SlotSet::EMPTY, |set, n| set.with(Slot(n as u8)));
+        for n in 0..modes.len() {
+            let parameters = CreateParameters {
+                service: SERVICE,
+                service_name: "test".into(),
+                slot: Slot(n as u8),
+                node: node_id(n),
+                mode: Mode::Sync,
+                on_peer_loss: policy,
+                seed: seed ^ (n as u64 + 1) * 77,
+                in_sync,
+                peers: world.peer_parameters(n),
+                volumes: volumes
+                    .iter()
+                    .enumerate()
+                    .map(|(i, size)| CreateVolume {
+                        index: VolumeIndex(i as u16),
+                        volume: Uuid(0xabc0 + i as u128),
+                        name: format!("v{i}"),
+                        data_size: *size,
+                        sector_size: 512,
+                        grain_shift: None,
+                        al_blocks: 16,
+                        undo_size: 1 << 20,
+                        zeroed,
+                    })
+                    .collect(),
+            };
+            let mut disk = Disk {
+                data: volumes.iter().map(|s| vec![0; *s as usize]).collect(),
+                durable: volumes.iter().map(|s| vec![0; *s as usize]).collect(),
+                meta: BTreeMap::new(),
+            };
+            for (place, bytes) in create(&parameters).unwrap() {
+                disk.meta.insert((place.volume.0, place.offset), bytes);
+            }
+            world.nodes.push(Node {
+                core: None,
+                disk,
+                bufs: BTreeMap::new(),
+                pending: Vec::new(),
+                completed: Vec::new(),
+                admin: BTreeMap::new(),
+                notices: Vec::new(),
+                wants: Vec::new(),
+                starts: 0,
+                reads: BTreeMap::new(),
+            });
+        }
+        world
+    }
+
+    fn peer_parameters(&self, n: usize) -> Vec<PeerParameters> {
+        (0..self.modes.len())
+            .filter(|m| *m != n)
+            .map(|m| PeerParameters {
+                slot: Slot(m as u8),
+                node: node_id(m),
+                // A pair is asynchronous if either end is the asynchronous copy.
+                mode: if self.modes[m] == Mode::Async || self.modes[n] == Mode::Async { Mode::Async } else { self.modes[m] },
+            })
+            .collect()
+    }
+
+    pub fn start(&mut self, n: usize) {
+        self.nodes[n].starts += 1;
+        let parameters = AttachParameters {
+            volumes: self
+                .volumes
+                .iter()
+                .enumerate()
+                .map(|(i, size)| AttachVolume {
+                    index: VolumeIndex(i as u16),
+                    device_data_size: *size,
+                    sector_size: 512,
+                    discard_zeroes: true,
+                })
+                .collect(),
+            peers: self.peer_parameters(n),
+            slot: Slot(n as u8),
+            node: node_id(n),
+            service: SERVICE,
+            incarnation: Incarnation(self.rng.next() | 1),
+            seed: self.rng.next(),
+            tuning: self.tuning,
+        };
+        let mut out = Vec::new();
+        let disk = self.nodes[n].disk.clone();
+        let core = Core::attach(parameters, &mut &disk, self.now, &mut out).unwrap();
+        self.nodes[n].core = Some(core);
+        self.actions(n, out);
+    }
+
+    /// The process dies; `power`: the disk loses a random part of what it had not flushed.
+    pub fn crash(&mut self, n: usize, power: bool) {
+        for m in 0..self.nodes.len() {
+            self.drop_link(n, m, "crash");
+        }
+        let pending = std::mem::take(&mut self.nodes[n].pending);
+        for action in pending {
+            // What was submitted may land or not.
+            if self.rng.chance(50) {
+                self.apply_disk(n, &action);
+            }
+        }
+        let rng = &mut self.rng;
+        let node = &mut self.nodes[n];
+        if power {
+            for (data, durable) in node.disk.data.iter_mut().zip(&mut node.disk.durable) {
+                for (cache, platter) in data.chunks_mut(512).zip(durable.chunks_mut(512)) {
+                    if cache != platter {
+                        if rng.chance(50) {
+                            cache.copy_from_slice(platter);
+                        } else {
+                            platter.copy_from_slice(cache);
+                        }
+                    }
+                }
+            }
+        }
+        node.core = None;
+        node.bufs.clear();
+        node.wants.clear();
+        node.reads.clear();
+    }
+
+    pub fn drop_link(&mut self, a: usize, b: usize, reason: &str) {
+        for (x, y) in [(a, b), (b, a)] {
+            self.wires.remove(&(x, y));
+            if let Some(session) = self.sessions.remove(&(x, y))
+                && self.nodes[x].core.is_some()
+            {
+                self.event(x, Event::LinkDown { peer: Slot(y as u8), session, reason: reason.into() });
+            }
+        }
+    }
+
+    pub fn event(&mut self, n: usize, event: Event) {
+        let mut out = Vec::new();
+        let now = self.now;
+        if let Some(core) = &mut self.nodes[n].core {
+            core.handle(now, event, &mut out);
+            core.end_batch(now, &mut out);
+        }
+        self.actions(n, out);
+    }
+
+    pub fn admin(&mut self, n: usize, command: Command) -> u64 {
+        let admin = self.next_admin;
+        self.next_admin += 1;
+        self.event(n, Event::Admin { admin: AdminId(admin), command });
+        admin
+    }
+
+    fn actions(&mut self, n: usize, actions: Vec<Action>) {
+        for action in actions {
+            if self.trace {
+                let mut text = format!("{action:?}");
+                text.truncate(400);
+                eprintln!("{:>8} node {n}: {text}", self.now.0 / 1_000_000);
+            }
+            match action {
+                Action::AllocBuf { buf, length } => {
+                    self.nodes[n].bufs.insert(buf.0, vec![0; length as usize]);
+                }
+                Action::ReleaseBuf { buf } => {
+                    assert!(self.nodes[n].bufs.remove(&buf.0).is_some(), "buffer {buf:?} released twice");
+                }
+                Action::DiskWrite { op, volume, offset, length, buf, fua } => {
+                    // The kernel has its own reference: keep the bytes with the operation.
+                    let bytes = self.nodes[n].bufs[&buf.0][..length as usize].to_vec();
+                    let hidden = BufId(u64::MAX - op.0);
+                    self.nodes[n].bufs.insert(hidden.0, bytes);
+                    self.nodes[n].pending.push(Action::DiskWrite { op, volume, offset, length, buf: hidden, fua });
+                }
+                Action::Hash { op, buf, length } => {
+                    let digest = self.nodes[n].bufs[&buf.0][..length as usize]
+                        .iter()
+                        .fold(7u128, |h, b| h.wrapping_mul(0x1_0000_01b3).wrapping_add(u128::from(*b)));
+                    self.event(n, Event::HashDone { op, digest });
+                }
+                Action::IsZero { op, buf, length } => {
+                    let zero = self.nodes[n].bufs[&buf.0][..length as usize].iter().all(|b| *b == 0);
+                    self.event(n, Event::ZeroCheck { op, zero });
+                }
+                Action::DiskRead { .. }
+                | Action::DiskZero { .. }
+                | Action::DiskFlush { .. }
+                | Action::MetaWrite { .. }
+                | Action::MetaWriteBuf { .. }
+                | Action::MetaReadBuf { .. } => self.nodes[n].pending.push(action),
+                Action::Send { peer, session, mut header, payload } => {
+                    let bytes = match payload {
+                        Payload::None => Vec::new(),
+                        Payload::Body(body) => encode_body(&body),
+                        Payload::Buf { buf, .. } => self.nodes[n].bufs[&buf.0][..header.length as usize].to_vec(),
+                    };
+                    header.payload_length = bytes.len() as u32;
+                    let to = peer.0 as usize;
+                    if self.sessions.get(&(n, to)) == Some(&session)
+                        && let Some(wire) = self.wires.get_mut(&(n, to))
+                    {
+                        wire.push_back((encode_header(&header).to_vec(), bytes));
+                    }
+                }
+                Action::Connect { peer } => {
+                    if !self.nodes[n].wants.contains(&peer) {
+                        self.nodes[n].wants.push(peer);
+                    }
+                }
+                Action::Close { peer, session, reconnect, code, text } => {
+                    let to = peer.0 as usize;
+                    if self.sessions.get(&(n, to)) == Some(&session) {
+                        self.sessions.remove(&(n, to));
+                        let mut header = plain_header(FrameKind::Goodbye, &self.nodes[n]);
+                        let body = encode_body(&Body::Goodbye { code, text });
+                        header.payload_length = body.len() as u32;
+                        if let Some(wire) = self.wires.get_mut(&(n, to)) {
+                            wire.push_back((encode_header(&header).to_vec(), body));
+                        }
+                    }
+                    if !reconnect {
+                        self.nodes[n].wants.retain(|p| *p != peer);
+                    }
+                }
+                Action::Complete { request, status } => self.nodes[n].completed.push((request, status)),
+                Action::AdminDone { admin, result } => {
+                    let before = self.nodes[n].admin.insert(admin.0, result);
+                    assert!(before.is_none(), "one answer per request");
+                }
+                Action::Notice(notice) => self.nodes[n].notices.push(notice),
+                Action::Halt { reason } => panic!("node {n} halts: {reason}"),
+                Action::RoleChanged { .. } | Action::Resized { .. } | Action::Granted { .. } => {}
+            }
+        }
+    }
+
+    fn apply_disk(&mut self, n: usize, action: &Action) {
+        let node = &mut self.nodes[n];
+        match action {
+            Action::DiskWrite { volume, offset, length, buf, fua, .. } => {
+                let bytes = node.bufs[&buf.0].clone();
+                let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
+                node.disk.data[v][o..o + l].copy_from_slice(&bytes[..l]);
+                if *fua {
+                    node.disk.durable[v][o..o + l].copy_from_slice(&bytes[..l]);
+                }
+            }
+            Action::DiskZero { volume, offset, length, fua, .. } => {
+                let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
+                node.disk.data[v][o..o + l].fill(0);
+                if *fua {
+                    node.disk.durable[v][o..o + l].fill(0);
+                }
+            }
+            Action::DiskFlush { volume, .. } => {
+                let v = volume.0 as usize;
+                let data = node.disk.data[v].clone();
+                node.disk.durable[v] = data;
+            }
+            Action::MetaWrite { place, bytes, .. } => {
+                node.disk.meta.insert((place.volume.0, place.offset), bytes.clone());
+            }
+            Action::MetaWriteBuf { place, buf, length, .. } => {
+                for (i, block) in node.bufs[&buf.0].clone()[..*length as usize].chunks(4096).enumerate() {
+                    let mut bytes = block.to_vec();
+                    bytes.resize(4096, 0);
+                    node.disk.meta.insert((place.volume.0, place.offset + i as u64 * 4096), bytes);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn finish_disk(&mut self, n: usize, at: usize) {
+        let action = self.nodes[n].pending.remove(at);
+        // A read returns what is there when it ends.
+        match &action {
+            Action::DiskRead { volume, offset, length, buf, .. } => {
+                let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
+                let bytes = self.nodes[n].disk.data[v][o..o + l].to_vec();
+                if let Some(target) = self.nodes[n].bufs.get_mut(&buf.0) {
+                    target[..l].copy_from_slice(&bytes);
+                }
+            }
+            Action::MetaReadBuf { place, buf, length, .. } => {
+                let mut bytes = Vec::new();
+                for i in 0..u64::from(*length).div_ceil(4096) {
+                    let block = self.nodes[n].disk.meta.get(&(place.volume.0, place.offset + i * 4096));
+                    bytes.extend_from_slice(block.unwrap_or(&vec![0; 4096]));
+                }
+                if let Some(target) = self.nodes[n].bufs.get_mut(&buf.0) {
+                    target[..*length as usize].copy_from_slice(&bytes[..*length as usize]);
+                }
+            }
+            _ => self.apply_disk(n, &action),
+        }
+        let event = match action {
+            Action::DiskWrite { op, buf, .. } => {
+                self.nodes[n].bufs.remove(&buf.0);
+                Event::DiskDone { op, result: Ok(()) }
+            }
+            Action::DiskRead { op, .. } | Action::DiskZero { op, .. } | Action::DiskFlush { op, .. } => {
+                Event::DiskDone { op, result: Ok(()) }
+            }
+            Action::MetaWrite { op, .. } | Action::MetaWriteBuf { op, .. } | Action::MetaReadBuf { op, .. } => {
+                Event::MetaDone { op, result: Ok(()) }
+            }
+            _ => unreachable!(),
+        };
+        self.event(n, event);
+    }
+
+    fn deliver(&mut self, from: usize, to: usize) {
+        let Some((header, body)) = self.wires.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return };
+        let Some(session) = self.sessions.get(&(to, from)).copied() else { return };
+        let header = decode_header(header.as_slice().try_into().unwrap()).unwrap();
+        let peer = Slot(from as u8);
+        if self.trace {
+            eprintln!("{:>8} {from}→{to}: {:?} pos {} dep {} stable {}", self.now.0 / 1_000_000, header.kind, header.position, header.dependency, header.stable_position);
+        }
+        if header.kind.carries_data() {
+            let buf = BufId(self.rng.next() >> 3);
+            self.nodes[to].bufs.insert(buf.0, body);
+            self.event(to, Event::Data { peer, session, header, buf });
+        } else {
+            let body = decode_body(header.kind, &body).unwrap();
+            self.event(to, Event::Control { peer, session, header, body });
+        }
+    }
+
+    fn connect_wanted(&mut self) -> bool {
+        for a in 0..self.nodes.len() {
+            for b in a + 1..self.nodes.len() {
+                let alive = self.nodes[a].core.is_some() && self.nodes[b].core.is_some();
+                let linked = self.sessions.contains_key(&(a, b)) || self.sessions.contains_key(&(b, a));
+                let cut = self.cut.contains(&(a, b));
+                if linked && !(self.sessions.contains_key(&(a, b)) && self.sessions.contains_key(&(b, a))) {
+                    // One side closed: once the other has read what was sent, it hears of it.
+                    let (open, closed) = if self.sessions.contains_key(&(a, b)) { (a, b) } else { (b, a) };
+                    if self.wires.get(&(closed, open)).is_none_or(VecDeque::is_empty) {
+                        self.drop_link(a, b, "closed by the other side");
+                        return true;
+                    }
+                    continue;
+                }
+                let wanted = self.nodes[a].wants.contains(&Slot(b as u8)) && self.nodes[b].wants.contains(&Slot(a as u8));
+                if alive && !linked && !cut && wanted {
+                    let session = SessionId(self.next_session);
+                    self.next_session += 1;
+                    for (x, y) in [(a, b), (b, a)] {
+                        self.sessions.insert((x, y), session);
+                        self.wires.insert((x, y), VecDeque::new());
+                    }
+                    for (x, y) in [(a, b), (b, a)] {
+                        self.event(x, Event::LinkUp { peer: Slot(y as u8), session, path: "test".into() });
+                    }
+                    return true;
+                }
+            }
+        }
+        false
+    }
+
+    /// One random thing happens; false if nothing was left to do but wait.
+    pub fn step(&mut self) -> bool {
+        if self.connect_wanted() {
+            return true;
+        }
+        let mut choices = Vec::new();
+        for n in 0..self.nodes.len() {
+            for at in 0..self.nodes[n].pending.len() {
+                choices.push((0, n, at));
+            }
+        }
+        for (&(from, to), wire) in &self.wires {
+            if !wire.is_empty() {
+                choices.push((1, from, to));
+            }
+        }
+        if choices.is_empty() {
+            self.now = self.now.after_ms(50);
+            for n in 0..self.nodes.len() {
+                self.event(n, Event::Tick);
+            }
+            return false;
+        }
+        self.now = Time(self.now.0 + 10_000);
+        let at = self.rng.below(choices.len() as u64) as usize;
+        match choices[at] {
+            (0, n, at) => self.finish_disk(n, at),
+            (_, from, to) => self.deliver(from, to),
+        }
+        true
+    }
+
+    pub fn steps(&mut self, n: usize) {
+        for _ in 0..n {
+            self.step();
+        }
+    }
+
+    /// Runs until `done`, at most `limit` steps.
+    pub fn until(&mut self, what: &str, limit: usize, mut done: impl FnMut(&World) -> bool) {
+        for _ in 0..limit {
+            if done(self) {
+                return;
+            }
+            self.step();
+        }
+        for n in 0..self.nodes.len() {
+            if let Some(core) = &self.nodes[n].core {
+                eprintln!("node {n}: {:#?}", core.status(self.now));
+            }
+            for notice in self.nodes[n].notices.iter().rev().take(12).rev() {
+                eprintln!("node {n} {:?} {} {:?}: {}", notice.level, notice.kind, notice.peer, notice.text);
+            }
+            eprintln!("node {n} admin: {:?}", self.nodes[n].admin);
+        }
+        panic!("never: {what}");
+    }
+
+    pub fn promote(&mut self, n: usize, force: bool) -> AdminResult {
+        let admin = self.admin(n, Command::Promote { force });
+        self.until("the promotion is answered", 20_000, |w| w.nodes[n].admin.contains_key(&admin));
+        self.nodes[n].admin[&admin].clone()
+    }
+
+    pub fn command(&mut self, n: usize, command: Command) -> AdminResult {
+        let admin = self.admin(n, command);
+        self.until("the command is answered", 40_000, |w| w.nodes[n].admin.contains_key(&admin));
+        self.nodes[n].admin[&admin].clone()
+    }
+
+    /// Issues a write of whole sectors; returns the request.
+    pub fn write(&mut self, n: usize, volume: u16, offset: u64, bytes: Vec<u8>, fua: bool) -> RequestId {
+        let request = RequestId(self.next_request);
+        self.next_request += 1;
+        let buf = BufId(request.0 + (1 << 40));
+        let length = bytes.len() as u32;
+        self.nodes[n].bufs.insert(buf.0, bytes);
+        self.event(n, Event::Write { request, volume: VolumeIndex(volume), offset, length, buf, fua, crc: 0 });
+        request
+    }
+
+    pub fn flush(&mut self, n: usize) -> RequestId {
+        let request = RequestId(self.next_request);
+        self.next_request += 1;
+        self.event(n, Event::Flush { request });
+        request
+    }
+
+    pub fn status_of(&self, n: usize, request: RequestId) -> Option<Status> {
+        self.nodes[n].completed.iter().find(|c| c.0 == request).map(|c| c.1)
+    }
+
+    pub fn settled(&self, slots: &[usize]) -> bool {
+        slots.iter().all(|n| {
+            let Some(core) = &self.nodes[*n].core else { return false };
+            let status = core.status(self.now);
+            status.peers.iter().filter(|p| slots.contains(&(p.slot.0 as usize))).all(|p| {
+                p.link == holdfast_replicator_core::status::LinkState::Established && p.unacknowledged_bytes == 0
+            })
+        })
+    }
+
+    pub fn up_to_date(&self, n: usize) -> bool {
+        self.nodes[n].core.as_ref().is_some_and(|c| c.status(self.now).state == CopyState::UpToDate)
+    }
+}
+
+fn plain_header(kind: FrameKind, node: &Node) -> FrameHeader {
+    let _ = node;
+    FrameHeader {
+        kind,
+        flags: FrameFlags::default(),
+        payload_length: 0,
+        payload_crc: 0,
+        service_tag: (SERVICE.0 >> 64) as u64,
+        volume: VolumeIndex(0),
+        epoch: Epoch::NONE,
+        generation: GenerationId(0),
+        incarnation: Incarnation(0),
+        position: 0,
+        dependency: 0,
+        stable_position: 0,
+        offset: 0,
+        length: 0,
+    }
+}
