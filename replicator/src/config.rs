@@ -13,6 +13,7 @@ use serde::Deserialize;
 use std::collections::BTreeSet;
 use std::net::SocketAddr;
 use std::path::{Path, PathBuf};
+use std::time::Duration;
 
 /// Where the file is looked for when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/holdfast/holdfast.toml";
@@ -67,11 +68,27 @@ pub struct NodeConfig {
 }
 
 /// What the network between the copies is like.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Profile {
+    /// Short and clean.
+    Lan,
+    Wan {
+        /// Bytes per second to fill.
+        bandwidth: u64,
+        /// Typical round trip.
+        round_trip: Duration,
+        congestion: Congestion,
+    },
+}
+
+/// How sending speed is found on a long line.
 #[derive(Clone, Copy, PartialEq, Eq, Debug, Deserialize)]
 #[serde(rename_all = "kebab-case")]
-pub enum Profile {
-    Lan,
-    Wan,
+pub enum Congestion {
+    /// Backs off at each loss; fair to others on a shared line.
+    Cubic,
+    /// Goes by measured bandwidth: keeps a lossy long line full.
+    Bbr,
 }
 
 #[derive(Clone, Debug)]
@@ -193,7 +210,8 @@ struct RawNode {
     #[serde(default = "default_metrics")]
     metrics: String,
     #[serde(default = "default_profile")]
-    profile: Profile,
+    profile: RawProfile,
+    wan: Option<RawWan>,
     #[serde(default)]
     state_may_be_on_nbd: bool,
 }
@@ -207,8 +225,46 @@ fn default_control_socket() -> PathBuf {
 fn default_metrics() -> String {
     "127.0.0.1:9741".into()
 }
-fn default_profile() -> Profile {
-    Profile::Lan
+fn default_profile() -> RawProfile {
+    RawProfile::Lan
+}
+
+#[derive(Clone, Copy, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "kebab-case")]
+enum RawProfile {
+    Lan,
+    Wan,
+}
+
+#[derive(Deserialize)]
+#[serde(deny_unknown_fields)]
+struct RawWan {
+    #[serde(default = "default_bandwidth")]
+    bandwidth_mbit: u64,
+    #[serde(default = "default_round_trip")]
+    round_trip_ms: u64,
+    #[serde(default = "default_congestion")]
+    congestion: Congestion,
+}
+
+impl Default for RawWan {
+    fn default() -> Self {
+        RawWan {
+            bandwidth_mbit: default_bandwidth(),
+            round_trip_ms: default_round_trip(),
+            congestion: default_congestion(),
+        }
+    }
+}
+
+fn default_bandwidth() -> u64 {
+    1000
+}
+fn default_round_trip() -> u64 {
+    50
+}
+fn default_congestion() -> Congestion {
+    Congestion::Bbr
 }
 
 #[derive(Deserialize, Default)]
@@ -477,13 +533,38 @@ impl Reader<'_> {
                 Some(address)
             }
         };
+        let profile = match (raw.profile, raw.wan) {
+            (RawProfile::Lan, None) => Profile::Lan,
+            (RawProfile::Lan, Some(_)) => {
+                return Err(self.wrong(
+                    "node.wan",
+                    "it says nothing for the profile \"lan\"",
+                    "set profile = \"wan\", or leave [node.wan] out",
+                ));
+            }
+            (RawProfile::Wan, wan) => {
+                let wan = wan.unwrap_or_default();
+                if !(1..=400_000).contains(&wan.bandwidth_mbit) || !(1..=2000).contains(&wan.round_trip_ms) {
+                    return Err(self.wrong(
+                        "node.wan",
+                        "a value is out of range",
+                        "use bandwidth_mbit from 1 to 400000 and round_trip_ms from 1 to 2000",
+                    ));
+                }
+                Profile::Wan {
+                    bandwidth: wan.bandwidth_mbit * 125_000,
+                    round_trip: Duration::from_millis(wan.round_trip_ms),
+                    congestion: wan.congestion,
+                }
+            }
+        };
         Ok(NodeConfig {
             name: raw.name,
             state_dir: raw.state_dir,
             link_listen: raw.link_listen,
             control_socket: raw.control_socket,
             metrics,
-            profile: raw.profile,
+            profile,
             state_may_be_on_nbd: raw.state_may_be_on_nbd,
         })
     }

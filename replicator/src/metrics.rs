@@ -46,6 +46,7 @@ pub struct VolumeMetrics {
     pub disk_reads: Histogram,
     pub disk_writes: Histogram,
     pub disk_flushes: Histogram,
+    pub disk_metadata: Histogram,
     pub disk_errors: Counter,
 }
 
@@ -112,6 +113,7 @@ impl Metrics {
                 disk_reads: disk("read"),
                 disk_writes: disk("write"),
                 disk_flushes: disk("flush"),
+                disk_metadata: disk("metadata"),
                 disk_errors: metrics::counter!("holdfast_disk_errors_total", &place),
             }
         })

@@ -4,6 +4,7 @@
 //! Memory returns with the last one, so nothing here can free what a device still writes to.
 
 use super::memory::Memory;
+use super::receive::Receipt;
 use holdfast_disk::{Buf, ReadBuf};
 use holdfast_frontend::Buffer;
 use holdfast_replicator_core::api::BufId;
@@ -38,6 +39,8 @@ pub(super) struct Entry {
     pub len: usize,
     /// The disk may write to it: taken while this was the only handle.
     pub target: Option<ReadBuf>,
+    /// Received from a peer: its share of that budget.
+    pub receipt: Option<Receipt>,
 }
 
 /// Numbers of one service's buffers.
@@ -63,7 +66,7 @@ impl BufTable {
     /// A buffer of the core's choice of number.
     pub fn alloc(&mut self, id: BufId, length: u32, memory: &Memory) -> Result<(), std::io::Error> {
         let buf = memory.internal(length as usize)?;
-        self.core.insert(id.0, Entry { buf, at: 0, len: length as usize, target: None });
+        self.core.insert(id.0, Entry { buf, at: 0, len: length as usize, target: None, receipt: None });
         Ok(())
     }
 
@@ -121,7 +124,7 @@ mod tests {
     fn a_number_is_never_taken_for_a_later_buffer() {
         let memory = Memory::new(Budgets { client: 1 << 20, internal: 1 << 20 }).unwrap();
         let mut table = BufTable::default();
-        let entry = || Entry { buf: memory.internal(4096).unwrap(), at: 0, len: 4096, target: None };
+        let entry = || Entry { buf: memory.internal(4096).unwrap(), at: 0, len: 4096, target: None, receipt: None };
         let first = table.insert(entry());
         assert!(table.remove(first).is_some());
         let second = table.insert(entry());

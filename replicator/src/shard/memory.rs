@@ -104,6 +104,11 @@ impl Memory {
         self.pool.can_ever_alloc(len)
     }
 
+    /// A buffer for a client if there is room and nobody waits for some.
+    pub fn try_client(&self, len: usize) -> Option<Buf> {
+        if self.waiting.borrow().is_empty() { self.pool.try_alloc(len) } else { None }
+    }
+
     /// A buffer for a client, in the order of asking. When it is pending, the task is woken once it is worth asking again.
     pub fn poll_client(&self, cx: &mut Context<'_>, len: usize) -> Poll<Buf> {
         if let Some(buf) = self.stash.take() {

@@ -1,5 +1,18 @@
 //! One shard: a thread that owns a disk ring, a link endpoint, the frontends and the cores of its services.
 
+mod acks;
 mod buffers;
+mod driver;
+mod exports;
+pub mod handle;
+mod link;
 pub mod memory;
+mod receive;
 mod requests;
+mod service;
+mod start;
+mod tls;
+
+pub use handle::NodeHandle;
+pub use start::{Addresses, StartError};
+pub(crate) use start::{Setup, start};

@@ -125,6 +125,7 @@ impl Requests {
                 at: (at - from) as usize,
                 len: length,
                 target: Some(target.clone()),
+                receipt: None,
             });
             let request = self.part(parent, Part::Piece { parent, buf: Some(id) });
             sink.events.push_back(Event::Read {
@@ -217,6 +218,7 @@ impl Requests {
                 at: buffer.start + (at - offset) as usize,
                 len: length,
                 target: None,
+                receipt: None,
             };
             let crc = if shape.checksum { crc32fast::hash(entry.bytes()) } else { 0 };
             let id = sink.table.insert(entry);
@@ -326,7 +328,7 @@ impl Requests {
         let Ok(buf) = sink.memory.internal(shape.sector as usize) else {
             return self.completed(now, request, Status::Io, sink);
         };
-        let id = sink.table.insert(Entry { buf, at: 0, len: shape.sector as usize, target: None });
+        let id = sink.table.insert(Entry { buf, at: 0, len: shape.sector as usize, target: None, receipt: None });
         let fetch = self.parts.insert(Part::Fetch { sector: key, buf: id });
         sink.events.push_back(Event::Read {
             request: RequestId(fetch as u64),
@@ -393,7 +395,7 @@ impl Requests {
             Some((payload, at)) => changed.copy_from_slice(&payload.as_slice()[at..at + changed.len()]),
             None => changed.fill(0),
         }
-        let entry = Entry { buf, at: 0, len: sector.shape.sector as usize, target: None };
+        let entry = Entry { buf, at: 0, len: sector.shape.sector as usize, target: None, receipt: None };
         let crc = if sector.shape.checksum { crc32fast::hash(entry.bytes()) } else { 0 };
         Some(Event::Write {
             request: RequestId(key as u64),

@@ -1,0 +1,253 @@
+//! Where a volume's data and metadata are on its backing.
+//!
+//! External metadata begins at byte 0 of a file or device of its own. Internal metadata lies behind the data, and
+//! the last block of the backing, the *locator*, says where:
+//!
+//! ```text
+//! | data ........................ | metadata area | locator |
+//! 0                               area_offset               end of the backing, in whole blocks
+//! ```
+//!
+//! The locator is found from the size alone. Whoever moves the area writes the new one completely and durably
+//! first, and the new locator last: one block, whose content lies in its first 512 bytes and so is never torn.
+//! When a device has grown, the locator is no longer at its end; the size it had is remembered in the state
+//! directory ([`Hints`]).
+
+use crate::config::{MetadataPlace, VolumeConfig};
+use holdfast_disk::{Backing, DiskError, OpenError, OpenOptions};
+use holdfast_wire_format::ids::Uuid;
+use serde::{Deserialize, Serialize};
+use std::collections::BTreeMap;
+use std::io::{self, Write};
+use std::path::{Path, PathBuf};
+
+/// Bytes of the locator, and the unit of everything in a metadata area.
+pub const BLOCK: u64 = 4096;
+const MAGIC: [u8; 8] = *b"HFLOCATE";
+const VERSION: u32 = 1;
+/// Bytes of the locator that mean something, CRC included.
+const USED: usize = 60;
+
+/// Why a volume's parts could not be found or opened.
+#[derive(Debug, thiserror::Error)]
+pub enum PlaceError {
+    #[error("volume {volume}: {source}")]
+    Open { volume: String, source: OpenError },
+    #[error("volume {volume}: {source}. Nothing was changed")]
+    Disk { volume: String, source: DiskError },
+    #[error(
+        "volume {volume}: {} has no Holdfast metadata at its end. Nothing was changed. If it is new, run `holdfast volume create`; \
+         if the device was made smaller, give it back its size{hint}", path.display()
+    )]
+    NoLocator { volume: String, path: PathBuf, hint: String },
+    #[error("volume {volume}: {} is {size} bytes, too small for {needed}. Nothing was changed; use a larger device", path.display())]
+    TooSmall { volume: String, path: PathBuf, size: u64, needed: String },
+}
+
+/// What the last block of a backing with internal metadata says.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Locator {
+    pub volume: Uuid,
+    /// Byte offset of the metadata area in the backing, a multiple of 4096.
+    pub area_offset: u64,
+    /// Bytes of the area, a multiple of 4096.
+    pub area_size: u64,
+}
+
+impl Locator {
+    /// Where the locator of a backing of `size` bytes is.
+    pub fn offset(size: u64) -> Option<u64> {
+        (size - size % BLOCK).checked_sub(BLOCK)
+    }
+
+    pub fn encode(&self) -> [u8; BLOCK as usize] {
+        let mut block = [0; BLOCK as usize];
+        block[..8].copy_from_slice(&MAGIC);
+        block[8..12].copy_from_slice(&VERSION.to_le_bytes());
+        // 12..24 are reserved: zero.
+        block[24..40].copy_from_slice(&self.volume.0.to_le_bytes());
+        block[40..48].copy_from_slice(&self.area_offset.to_le_bytes());
+        block[48..56].copy_from_slice(&self.area_size.to_le_bytes());
+        let crc = crc32fast::hash(&block[..56]);
+        block[56..USED].copy_from_slice(&crc.to_le_bytes());
+        block
+    }
+
+    /// None if this is not a locator of a backing of `size` bytes.
+    pub fn decode(block: &[u8], size: u64) -> Option<Locator> {
+        let word = |at: usize| Some(u64::from_le_bytes(block.get(at..at + 8)?.try_into().ok()?));
+        let used = block.get(..USED)?;
+        let fits = used[..8] == MAGIC
+            && used[8..12] == VERSION.to_le_bytes()
+            && used[12..24].iter().all(|byte| *byte == 0)
+            && used[56..60] == crc32fast::hash(&used[..56]).to_le_bytes();
+        if !fits {
+            return None;
+        }
+        let locator = Locator {
+            volume: Uuid(u128::from_le_bytes(used[24..40].try_into().ok()?)),
+            area_offset: word(40)?,
+            area_size: word(48)?,
+        };
+        let end = locator.area_offset.checked_add(locator.area_size)?;
+        let inside = locator.area_offset % BLOCK == 0 && locator.area_size % BLOCK == 0 && end <= Locator::offset(size)?;
+        inside.then_some(locator)
+    }
+
+    /// The locator of a backing, looked for where a backing of `size` bytes has it. Blocks.
+    pub fn read(backing: &Backing, size: u64) -> Result<Option<Locator>, DiskError> {
+        let Some(offset) = Locator::offset(size.min(backing.size())) else { return Ok(None) };
+        let mut block = [0; BLOCK as usize];
+        backing.read_exact_at(offset, &mut block)?;
+        Ok(Locator::decode(&block, size.min(backing.size())))
+    }
+}
+
+/// A volume's open backing and where its metadata is.
+#[derive(Debug)]
+pub struct Opened {
+    pub data: Backing,
+    /// With external metadata: its own backing.
+    pub external: Option<Backing>,
+    /// Byte offset of the metadata area in its backing.
+    pub base: u64,
+    /// Bytes from the start of `data` that may hold data.
+    pub data_limit: u64,
+    /// Bytes the metadata may use.
+    pub area_size: u64,
+}
+
+impl Opened {
+    /// The backing the metadata is in.
+    pub fn metadata(&self) -> &Backing {
+        self.external.as_ref().unwrap_or(&self.data)
+    }
+}
+
+/// Opens and locks the backing of a volume. Blocks.
+///
+/// # Errors
+/// It cannot be opened, is in use or locked.
+pub fn open_backing(volume: &str, path: &Path, options: &OpenOptions) -> Result<Backing, PlaceError> {
+    Backing::open(path, options).map_err(|source| PlaceError::Open { volume: volume.to_owned(), source })
+}
+
+/// Opens a volume that has metadata. Blocks.
+///
+/// # Errors
+/// A backing cannot be opened, or no metadata is where it should be.
+pub fn open(config: &VolumeConfig, options: &OpenOptions, hint: Option<u64>) -> Result<Opened, PlaceError> {
+    let name = config.name.as_str();
+    let options = OpenOptions { sector_size: config.sector_size, ..options.clone() };
+    let data = open_backing(name, &config.backing, &options)?;
+    let disk = |source| PlaceError::Disk { volume: name.to_owned(), source };
+    match &config.metadata {
+        MetadataPlace::External(path) => {
+            let external = open_backing(name, path, &OpenOptions { sector_size: None, ..options })?;
+            let (data_limit, area_size) = (data.size(), external.size());
+            Ok(Opened { data, external: Some(external), base: 0, data_limit, area_size })
+        }
+        MetadataPlace::Internal => {
+            let mut found = Locator::read(&data, data.size()).map_err(disk)?;
+            if let (None, Some(size)) = (found, hint.filter(|size| *size < data.size())) {
+                found = Locator::read(&data, size).map_err(disk)?;
+            }
+            match found {
+                Some(locator) => Ok(Opened {
+                    data,
+                    external: None,
+                    base: locator.area_offset,
+                    data_limit: locator.area_offset,
+                    area_size: locator.area_size,
+                }),
+                None => Err(PlaceError::NoLocator {
+                    volume: name.to_owned(),
+                    path: config.backing.clone(),
+                    hint: hint.map_or(String::new(), |size| format!(" ({size} bytes when it was last used)")),
+                }),
+            }
+        }
+    }
+}
+
+/// The sizes that backings with internal metadata had when they were last used, in `places.json` of the state
+/// directory. Only a help to find a locator after a device has grown: losing it loses nothing else.
+#[derive(Default, Debug, Serialize, Deserialize)]
+pub struct Hints {
+    sizes: BTreeMap<String, u64>,
+}
+
+impl Hints {
+    const FILE: &str = "places.json";
+
+    /// What was remembered; nothing if the file is missing or damaged.
+    pub fn load(state_dir: &Path) -> Hints {
+        let bytes = std::fs::read(state_dir.join(Self::FILE)).unwrap_or_default();
+        serde_json::from_slice(&bytes).unwrap_or_default()
+    }
+
+    fn key(service: &str, volume: &str) -> String {
+        format!("{service}/{volume}")
+    }
+
+    /// The size in bytes that the backing of this volume had.
+    pub fn size(&self, service: &str, volume: &str) -> Option<u64> {
+        self.sizes.get(&Self::key(service, volume)).copied()
+    }
+
+    /// Remembers a size; true if that is news.
+    pub fn set(&mut self, service: &str, volume: &str, size: u64) -> bool {
+        self.sizes.insert(Self::key(service, volume), size) != Some(size)
+    }
+
+    /// Forgets a volume.
+    pub fn remove(&mut self, service: &str, volume: &str) {
+        self.sizes.remove(&Self::key(service, volume));
+    }
+
+    /// Replaces the file. Blocks.
+    ///
+    /// # Errors
+    /// The state directory cannot be written.
+    pub fn store(&self, state_dir: &Path) -> io::Result<()> {
+        let path = state_dir.join(Self::FILE);
+        let new = state_dir.join("places.json.new");
+        let mut file = std::fs::File::create(&new)?;
+        file.write_all(&serde_json::to_vec_pretty(self)?)?;
+        file.sync_all()?;
+        std::fs::rename(&new, &path)?;
+        std::fs::File::open(state_dir)?.sync_all()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_locator_is_read_back_and_no_damaged_byte_passes() {
+        let locator = Locator { volume: Uuid(77), area_offset: 1 << 20, area_size: 64 << 10 };
+        let size = 2 << 20;
+        let block = locator.encode();
+        assert_eq!(Locator::decode(&block, size), Some(locator));
+        for at in 0..USED {
+            let mut damaged = block;
+            damaged[at] ^= 1;
+            assert_eq!(Locator::decode(&damaged, size), None, "byte {at}");
+        }
+        // An area that would reach over the end of a smaller device is not believed.
+        assert_eq!(Locator::decode(&block, (1 << 20) + (64 << 10)), None);
+        assert_eq!(Locator::decode(&block, (1 << 20) + (64 << 10) + BLOCK), Some(locator));
+    }
+
+    #[test]
+    fn hints_survive_and_damage_means_none() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut hints = Hints::load(dir.path());
+        assert!(hints.set("db", "data", 4096) && !hints.set("db", "data", 4096));
+        hints.store(dir.path()).unwrap();
+        assert_eq!(Hints::load(dir.path()).size("db", "data"), Some(4096));
+        std::fs::write(dir.path().join(Hints::FILE), "{").unwrap();
+        assert_eq!(Hints::load(dir.path()).size("db", "data"), None);
+    }
+}

@@ -1,0 +1,250 @@
+//! The shard's loop: gathers what happened on disk ring, link and frontends, feeds the cores, and hands what they
+//! answer to disk and link in one go.
+//!
+//! Everything runs on one thread. [`Shard::pump`] is called by whoever has news: a frontend at the end of a batch, the
+//! tasks that wait for ring, link and time. It works until nothing more follows, then submits all disk requests with
+//! one system call and lets the link send. A write thus crosses no thread between its arrival and its submissions.
+
+use super::buffers::ClientBuf;
+use super::link::LinkPort;
+use super::memory::Memory;
+use super::service::{Service, Surroundings, Token};
+use crate::events::EventLog;
+use holdfast_disk::{Buf, Ring};
+use holdfast_frontend::{CloseReason, Completion, IoError, IoErrorKind, Request};
+use holdfast_replicator_core::api::{Event, Level, Time};
+use holdfast_wire_format::ids::VolumeIndex;
+use std::cell::{Cell, RefCell};
+use std::collections::VecDeque;
+use std::rc::Rc;
+use std::time::{Duration, Instant};
+use tokio::sync::Notify;
+
+/// How often disks are looked at for silence, and memory that was added is given back.
+const WATCH_INTERVAL: Duration = Duration::from_secs(1);
+/// How long a halt waits for its line to reach the event log.
+const HALT_GRACE: Duration = Duration::from_secs(1);
+
+/// Rounds of a busy shard before gathered acknowledgements are sent anyway.
+const ROUNDS: u32 = 8;
+
+/// A request on its way from a frontend to a service.
+struct Incoming {
+    service: usize,
+    volume: VolumeIndex,
+    request: Request<ClientBuf>,
+    read_into: Option<Buf>,
+    completion: Completion<ClientBuf>,
+}
+
+/// One shard. Lives on its thread.
+pub struct Shard {
+    pub(super) memory: Rc<Memory>,
+    ring: Ring,
+    link: LinkPort,
+    log: EventLog,
+    started: Instant,
+    services: RefCell<Vec<Service>>,
+    incoming: RefCell<VecDeque<Incoming>>,
+    completions: RefCell<Vec<holdfast_disk::Completion>>,
+    /// When the timer fires, as it knows.
+    armed: Cell<Option<Time>>,
+    rearm: Notify,
+}
+
+impl Shard {
+    pub(super) fn new(memory: Rc<Memory>, ring: Ring, link: LinkPort, log: EventLog, started: Instant) -> Rc<Shard> {
+        Rc::new(Shard {
+            memory,
+            ring,
+            link,
+            log,
+            started,
+            services: RefCell::new(Vec::new()),
+            incoming: RefCell::new(VecDeque::with_capacity(256)),
+            completions: RefCell::new(Vec::with_capacity(256)),
+            armed: Cell::new(None),
+            rearm: Notify::new(),
+        })
+    }
+
+    pub(super) fn ring(&self) -> &Ring {
+        &self.ring
+    }
+
+    pub(super) fn link(&self) -> &LinkPort {
+        &self.link
+    }
+
+    /// Nanoseconds since the shard began.
+    pub(super) fn now(&self) -> Time {
+        Time(self.started.elapsed().as_nanos() as u64)
+    }
+
+    pub(super) fn add_service(&self, service: Service) {
+        self.services.borrow_mut().push(service);
+    }
+
+    /// Looks at or changes the services. Not to be called from inside [`pump`](Self::pump).
+    pub(super) fn with_services<R>(&self, with: impl FnOnce(&mut Vec<Service>) -> R) -> R {
+        with(&mut self.services.borrow_mut())
+    }
+
+    /// Takes a request; it starts with the next [`pump`](Self::pump).
+    pub(super) fn submit(
+        &self,
+        service: usize,
+        volume: VolumeIndex,
+        request: Request<ClientBuf>,
+        read_into: Option<Buf>,
+        completion: Completion<ClientBuf>,
+    ) {
+        self.incoming.borrow_mut().push_back(Incoming { service, volume, request, read_into, completion });
+    }
+
+    /// Works off everything that is there.
+    pub(super) fn pump(&self) {
+        // Whoever holds the services now is this function further up the stack, which looks again before it ends.
+        let Ok(mut services) = self.services.try_borrow_mut() else { return };
+        for round in 0u32.. {
+            let around = Surroundings {
+                ring: &self.ring,
+                link: &self.link,
+                memory: &self.memory,
+                log: &self.log,
+                now: self.now(),
+            };
+            self.take_in(&mut services, &around);
+            let mut worked = false;
+            for service in services.iter_mut() {
+                worked |= service.run(&around);
+                if let Some(reason) = &service.halted {
+                    halt(&self.log, service, reason);
+                }
+            }
+            // What these events caused may have finished or come in meanwhile; but who waits for an acknowledgement
+            // gathered here does not wait for a quiet moment.
+            if worked && round % ROUNDS != ROUNDS - 1 {
+                continue;
+            }
+            let mut more = false;
+            for service in services.iter_mut() {
+                more |= service.end_batch(&around);
+                if let Some(reason) = &service.halted {
+                    halt(&self.log, service, reason);
+                }
+            }
+            self.ring.flush_submissions();
+            if !worked && !more {
+                break;
+            }
+        }
+        let deadline = services.iter().filter_map(|service| service.core.deadline()).min();
+        drop(services);
+        self.arm(deadline);
+    }
+
+    /// Everything that came in since the last look becomes events of its service.
+    fn take_in(&self, services: &mut [Service], around: &Surroundings) {
+        let mut completions = self.completions.borrow_mut();
+        self.ring.poll_completions(&mut completions);
+        for completion in completions.drain(..) {
+            let token = Token::unpack(completion.token);
+            if let Some(service) = services.get_mut(token.service) {
+                service.disk_done(token, completion, &self.log);
+            }
+        }
+        self.link.poll(services);
+        loop {
+            let next = self.incoming.borrow_mut().pop_front();
+            let Some(Incoming { service, volume, request, read_into, completion }) = next else { break };
+            match services.get_mut(service) {
+                Some(service) => service.request(around, volume, request, read_into, completion),
+                None => completion.fail(IoError::new(IoErrorKind::ShuttingDown, "the service was removed")),
+            }
+        }
+    }
+
+    fn arm(&self, deadline: Option<Time>) {
+        // A timer that fires early does no harm; only an earlier deadline must reach it.
+        let earlier = match (deadline, self.armed.get()) {
+            (Some(wanted), Some(armed)) => wanted < armed,
+            (Some(_), None) => true,
+            (None, _) => false,
+        };
+        if earlier {
+            self.armed.set(deadline);
+            self.rearm.notify_one();
+        }
+    }
+
+    /// The tasks that wake the shard; ends only with the shard's thread.
+    pub(super) async fn run(self: Rc<Self>) {
+        let ring = async {
+            loop {
+                self.ring.ready().await;
+                self.pump();
+            }
+        };
+        let timer = async {
+            loop {
+                match self.armed.get() {
+                    None => self.rearm.notified().await,
+                    Some(at) => {
+                        let wait = tokio::time::sleep_until((self.started + Duration::from_nanos(at.0)).into());
+                        tokio::select! {
+                            () = wait => self.tick(),
+                            () = self.rearm.notified() => {}
+                        }
+                    }
+                }
+            }
+        };
+        let watch = async {
+            let mut interval = tokio::time::interval(WATCH_INTERVAL);
+            loop {
+                interval.tick().await;
+                self.with_services(|services| {
+                    for service in services {
+                        service.watch_disks(&self.ring, &self.log);
+                    }
+                });
+                self.memory.trim();
+            }
+        };
+        tokio::join!(ring, timer, watch, self.memory.serve_waiting());
+    }
+
+    fn tick(&self) {
+        let now = self.now();
+        self.armed.set(None);
+        self.with_services(|services| {
+            for service in services {
+                if service.core.deadline().is_some_and(|deadline| deadline <= now) {
+                    service.events.push_back(Event::Tick);
+                }
+            }
+        });
+        self.pump();
+    }
+
+    /// Sends all clients away and takes no new ones.
+    pub(super) fn close_exports(&self, reason: &CloseReason) {
+        self.with_services(|services| {
+            for service in services {
+                service.exports.close(reason);
+            }
+        });
+    }
+}
+
+/// The core found that going on could write wrong data: say so, then stop at once, before anything else is done.
+fn halt(log: &EventLog, service: &Service, reason: &str) -> ! {
+    let text = format!(
+        "the replicator stopped itself rather than risk wrong data: {reason}. Everything acknowledged is on disk as its mode \
+         says; start it again, and report this text"
+    );
+    service.say(log, Level::Error, "halted", None, text);
+    log.settle(HALT_GRACE);
+    std::process::abort();
+}

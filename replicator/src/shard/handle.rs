@@ -1,0 +1,217 @@
+//! How the rest of the process speaks with a shard: by message, so that nothing outside its thread touches it.
+
+use super::driver::Shard;
+use crate::control::node::Node;
+use crate::control::protocol::{EventReport, NodeStatus, ServiceReport};
+use crate::events::EventLog;
+use holdfast_frontend::CloseReason;
+use holdfast_replicator_core::api::{AdminResult, Command, Refusal, Role};
+use std::rc::Rc;
+use std::sync::{Arc, Mutex, PoisonError};
+use std::time::{Duration, Instant};
+use tokio::sync::{broadcast, mpsc, oneshot};
+
+/// Messages that may wait for the shard.
+const QUEUE: usize = 256;
+/// A shard that has not answered a question for a status after this long is busy: its last answer is used.
+const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
+
+/// What a shard can be asked.
+pub(crate) enum Message {
+    Status(oneshot::Sender<Vec<ServiceReport>>),
+    Command { service: String, command: Command, answer: oneshot::Sender<AdminResult> },
+    /// Send clients away and detach every service; answered when all is durable, with what did not work.
+    Stop { answer: oneshot::Sender<Vec<Refusal>> },
+}
+
+struct Shared {
+    name: String,
+    started: Instant,
+    shard: mpsc::Sender<Message>,
+    log: EventLog,
+    last: Mutex<Vec<ServiceReport>>,
+}
+
+/// A handle on a running replicator, for control socket, metrics and tests: usable from any thread, cheap to clone.
+#[derive(Clone)]
+pub struct NodeHandle {
+    shared: Arc<Shared>,
+}
+
+impl NodeHandle {
+    pub(crate) fn new(name: String, log: EventLog) -> (NodeHandle, mpsc::Receiver<Message>) {
+        let (shard, messages) = mpsc::channel(QUEUE);
+        let shared = Shared { name, started: Instant::now(), shard, log, last: Mutex::new(Vec::new()) };
+        (NodeHandle { shared: Arc::new(shared) }, messages)
+    }
+
+    /// Stops cleanly: clients are sent away, every service is flushed and marked clean. Empty: all of it worked.
+    pub async fn stop(&self) -> Vec<Refusal> {
+        let (answer, result) = oneshot::channel();
+        if self.shared.shard.send(Message::Stop { answer }).await.is_err() {
+            return Vec::new();
+        }
+        result.await.unwrap_or_default()
+    }
+
+    fn stopping(service: &str) -> Refusal {
+        Refusal {
+            what: format!("service {service} was not asked: the replicator is stopping"),
+            kept: "Nothing was changed by this request".into(),
+            next: "Ask again once it runs".into(),
+        }
+    }
+
+    async fn services(&self) -> Vec<ServiceReport> {
+        let (answer, result) = oneshot::channel();
+        // A full queue means a busy shard, too.
+        let asked = self.shared.shard.try_send(Message::Status(answer)).is_ok();
+        let mut last = None;
+        if asked && let Ok(Ok(services)) = tokio::time::timeout(STATUS_TIMEOUT, result).await {
+            last = Some(services);
+        }
+        let mut kept = self.shared.last.lock().unwrap_or_else(PoisonError::into_inner);
+        match last {
+            Some(services) => {
+                kept.clone_from(&services);
+                services
+            }
+            None => kept.clone(),
+        }
+    }
+}
+
+impl Node for NodeHandle {
+    fn name(&self) -> String {
+        self.shared.name.clone()
+    }
+
+    async fn status(&self) -> NodeStatus {
+        NodeStatus {
+            node: self.shared.name.clone(),
+            version: env!("CARGO_PKG_VERSION").to_owned(),
+            pid: std::process::id(),
+            uptime_ms: self.shared.started.elapsed().as_millis() as u64,
+            services: self.services().await,
+        }
+    }
+
+    async fn command(&self, service: &str, command: Command) -> AdminResult {
+        let (answer, result) = oneshot::channel();
+        let message = Message::Command { service: service.to_owned(), command, answer };
+        if self.shared.shard.send(message).await.is_err() {
+            return Err(Self::stopping(service));
+        }
+        result.await.unwrap_or_else(|_| Err(Self::stopping(service)))
+    }
+
+    async fn explain_handshake(&self, service: &str, peer: &str) -> Result<String, Refusal> {
+        let services = self.services().await;
+        let report = services.iter().find(|report| report.name == service).ok_or_else(|| no_service(service))?;
+        let Some(peer_report) = report.peer(peer) else {
+            return Err(Refusal {
+                what: format!("service {service} has no peer {peer}"),
+                kept: "Nothing was changed".into(),
+                next: "`holdfast status` lists the peers".into(),
+            });
+        };
+        if peer_report.handshake.is_empty() {
+            return Err(Refusal {
+                what: format!("the copies of {service} here and on {peer} have not met since this process began"),
+                kept: match peer_report.last_error.as_str() {
+                    "" => format!("The link is {}", peer_report.link),
+                    error => format!("The link is {}; last error: {error}", peer_report.link),
+                },
+                next: "Check that the peer runs and can be reached".into(),
+            });
+        }
+        Ok(peer_report.handshake.clone())
+    }
+
+    fn events(&self) -> (Vec<EventReport>, broadcast::Receiver<EventReport>) {
+        self.shared.log.follow()
+    }
+}
+
+fn no_service(name: &str) -> Refusal {
+    Refusal {
+        what: format!("there is no service {name} on this node"),
+        kept: "Nothing was changed".into(),
+        next: "`holdfast status` lists the services; a new one is taken up when the replicator starts".into(),
+    }
+}
+
+/// Answers messages until the process has nothing more to ask, or a stop is carried out. A task of the shard.
+pub(super) async fn answer_messages(
+    shard: Rc<Shard>,
+    mut messages: mpsc::Receiver<Message>,
+    nbd_uris: impl Fn(&str, &str) -> Vec<String>,
+) {
+    while let Some(message) = messages.recv().await {
+        match message {
+            Message::Status(answer) => {
+                // Who asked may have given up.
+                let _ = answer.send(reports(&shard, &nbd_uris));
+            }
+            Message::Command { service, command, answer } => {
+                let refused = shard.with_services(|services| {
+                    match services.iter_mut().find(|candidate| candidate.name == service) {
+                        Some(found) => {
+                            found.admin(command, answer);
+                            None
+                        }
+                        None => Some(answer),
+                    }
+                });
+                match refused {
+                    Some(answer) => drop(answer.send(Err(no_service(&service)))),
+                    None => shard.pump(),
+                }
+            }
+            Message::Stop { answer } => {
+                let refusals = stop(&shard).await;
+                let _ = answer.send(refusals);
+                return;
+            }
+        }
+    }
+}
+
+fn reports(shard: &Rc<Shard>, nbd_uris: &impl Fn(&str, &str) -> Vec<String>) -> Vec<ServiceReport> {
+    let now = shard.now();
+    shard.with_services(|services| {
+        services
+            .iter()
+            .map(|service| {
+                let status = service.core.status(now);
+                let uris = |volume: &str| {
+                    if service.role == Role::Primary { nbd_uris(&service.name, volume) } else { Vec::new() }
+                };
+                ServiceReport::new(&status, &|slot| service.node_name(slot), &uris)
+            })
+            .collect()
+    })
+}
+
+async fn stop(shard: &Rc<Shard>) -> Vec<Refusal> {
+    shard.close_exports(&CloseReason::Stopping);
+    let waiting: Vec<_> = shard.with_services(|services| {
+        services
+            .iter_mut()
+            .filter(|service| service.role != Role::Detached)
+            .map(|service| {
+                let (answer, result) = oneshot::channel();
+                service.admin(Command::Detach, answer);
+                result
+            })
+            .collect()
+    });
+    shard.pump();
+    let mut refusals = Vec::new();
+    for result in waiting {
+        if let Ok(Err(refusal)) = result.await {
+            refusals.push(refusal);
+        }
+    }
+    refusals
+}
