@@ -19,6 +19,7 @@ mod output;
 mod pause;
 mod progress;
 mod promote;
+mod replicator;
 mod resume;
 mod resync;
 mod session;
@@ -50,6 +51,7 @@ fn run(place: &cli::Place, verb: &Verb) -> Outcome {
         Verb::Init(options) => init::run(place, options),
         Verb::Token(options) => token::run(place, options),
         Verb::Join(options) => join::run(place, options),
+        Verb::Replicator => replicator::run(place),
         Verb::Status(options) => status::run(place, options),
         Verb::Events(options) => events::run(place, options),
         Verb::Promote(options) => promote::run(place, options),
