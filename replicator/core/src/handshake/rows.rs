@@ -760,7 +760,12 @@ impl<'a> Meeting<'a> {
                 y.slot.0,
                 x.slot.0
             );
-            let kept = (!wrote_nothing_at_all(y)).then(|| surplus(y, of_x.fork_position));
+            // Nothing in its own branch; but a branch made after an unclean stop forks at a lower bound, and what lies
+            // beyond it in the common generation may have been acknowledged.
+            let kept = (!wrote_nothing_at_all(y)).then(|| Surplus {
+                acknowledged: true,
+                ..surplus(y, of_x.fork_position)
+            });
             return self.copy(row, x, y, how, kept, why);
         }
         let side = |f: &Facts, other: &Facts, branch: Generation| Side {
