@@ -92,7 +92,8 @@ impl<'a> Meeting<'a> {
         surplus: Option<Surplus>,
         why: String,
     ) -> Decision {
-        if !may_be_source(x) && !(row == Row::R4 && x.state == CopyState::Outdated) {
+        let filler = row == Row::R4 && x.state == CopyState::Outdated;
+        if !may_be_source(x) && !filler {
             return wait(
                 row,
                 format!(
@@ -344,12 +345,8 @@ impl<'a> Meeting<'a> {
                 && shared(x, y, p.bitmap_base));
         // A target of a full copy keeps no generation of its own to compare with; its source's bits say all.
         let from_x = y.target_source == x.slot.0;
-        if !base_fits
-            && !(from_x
-                && p.bitmap_base != NO_GENERATION
-                && holds(x, p.bitmap_base)
-                && shared(x, y, p.bitmap_base))
-        {
+        let agreed = from_x && shared(x, y, p.bitmap_base);
+        if !base_fits && !agreed {
             return How::FullByChecksum;
         }
         if !from_x && p.full_copy {
