@@ -135,7 +135,8 @@ pub enum DiskErrorKind {
     /// An earlier flush or FUA write failed: the kernel reports such a loss once, so everything acknowledged since
     /// the last good flush may be gone. Stays so until the backing is opened anew.
     FlushLost(i32),
-    /// The file is not attached to this ring, or the buffer is too short or of another pool.
+    /// The file is not attached to this ring, or the buffer is too short, of another pool, or being
+    /// read into.
     Invalid,
 }
 

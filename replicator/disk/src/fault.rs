@@ -8,7 +8,7 @@
 use crate::buf::AlignedBytes;
 use crate::job::{Step, Verb};
 use rustix::io::{Errno, ReadWriteFlags, pread, pwritev2};
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::File;
 use std::io::{self, IoSlice};
 use std::os::fd::OwnedFd;
@@ -62,7 +62,9 @@ struct State {
     rules: Vec<Rule>,
     /// Bytes of held-back writes: a power cut may have let any part of them through.
     held_writes: HashMap<usize, (u64, Vec<u8>)>,
-    held: usize,
+    /// Requests of the ring, and threads of the start-up path, that are held back.
+    held: HashSet<usize>,
+    held_threads: usize,
     wakers: Vec<OwnedFd>,
     operations: [u64; 4],
 }
@@ -96,7 +98,10 @@ impl FaultDisk {
             socket: socket.into(),
             listener: listener.clone(),
         });
-        locked(&DISKS).push(Arc::downgrade(&disk));
+        let mut disks = locked(&DISKS);
+        disks.retain(|disk| disk.strong_count() > 0);
+        disks.push(Arc::downgrade(&disk));
+        drop(disks);
         crate::fault_control::serve(listener, Arc::downgrade(&disk))?;
         tracing::warn!(socket = %socket.display(), "fault injection: un-flushed writes of this backing live in memory only; never use this outside tests");
         Ok(disk)
@@ -120,6 +125,7 @@ impl FaultDisk {
         let len = match self.judge(&mut state, class_of(step.verb), step.offset, step.len) {
             Judgement::Error(errno) => {
                 state.held_writes.remove(&key);
+                state.held.remove(&key);
                 return Some(-errno);
             }
             Judgement::Hang => {
@@ -129,16 +135,17 @@ impl FaultDisk {
                         .entry(key)
                         .or_insert_with(|| (step.offset, write_bytes().to_vec()));
                 }
-                state.held += 1;
+                state.held.insert(key);
                 return None;
             }
             Judgement::Go(len) => len,
         };
         state.held_writes.remove(&key);
+        state.held.remove(&key);
         let result = match step.verb {
             // SAFETY: the caller's promise; the kernel and nobody else has this memory.
-            Verb::Read => self.read(&mut state, step.offset, unsafe {
-                std::slice::from_raw_parts_mut(ptr, len as usize)
+            Verb::Read => self.read(&mut state, step.offset, len, unsafe {
+                std::slice::from_raw_parts_mut(ptr, step.len as usize)
             }),
             Verb::Write { dsync } => self.write(
                 &mut state,
@@ -194,8 +201,17 @@ impl FaultDisk {
         Judgement::Go(allowed)
     }
 
-    fn read(&self, state: &mut State, offset: u64, bytes: &mut [u8]) -> Result<usize, Errno> {
-        let read = pread(&self.file, &mut *bytes, offset)?;
+    /// Reads at most `most` bytes. Direct I/O on the file moves whole sectors even so.
+    fn read(
+        &self,
+        state: &mut State,
+        offset: u64,
+        most: u64,
+        bytes: &mut [u8],
+    ) -> Result<usize, Errno> {
+        let most = most as usize;
+        let whole = most.next_multiple_of(self.sector).min(bytes.len());
+        let read = pread(&self.file, &mut bytes[..whole], offset)?;
         let first = offset / self.sector as u64;
         for (sector, versions) in state
             .cache
@@ -211,7 +227,7 @@ impl FaultDisk {
                 None => target.fill(0),
             }
         }
-        Ok(read)
+        Ok(read.min(most))
     }
 
     fn write(
@@ -351,11 +367,12 @@ impl FaultDisk {
                 Judgement::Go(len) => return work(self, &mut state, len),
                 Judgement::Error(errno) => return Err(Errno::from_raw_os_error(errno)),
                 Judgement::Hang => {
-                    state.held += 1;
+                    state.held_threads += 1;
                     state = self
                         .changed
                         .wait(state)
                         .unwrap_or_else(PoisonError::into_inner);
+                    state.held_threads -= 1;
                 }
             }
         }
@@ -366,7 +383,7 @@ impl FaultDisk {
             Class::Read,
             offset,
             bytes.len() as u64,
-            |disk, state, len| disk.read(state, offset, &mut bytes[..len as usize]),
+            |disk, state, len| disk.read(state, offset, len, bytes),
         )
     }
 
@@ -395,7 +412,6 @@ impl FaultDisk {
         state
             .rules
             .retain(|rule| hangs_only && rule.effect != Effect::Hang);
-        state.held = 0;
         for event in &state.wakers {
             let _ = rustix::io::write(event, &1u64.to_ne_bytes());
         }
@@ -409,14 +425,14 @@ impl FaultDisk {
         if on { Ok(()) } else { self.flush(&mut state) }
     }
 
-    /// `unflushed=SECTORS held=TRIES rules=N reads=N writes=N flushes=N zeroes=N`
+    /// `unflushed=SECTORS held=N rules=N reads=N writes=N flushes=N zeroes=N`
     pub fn status(&self) -> String {
         let state = locked(&self.state);
         let [reads, writes, flushes, zeroes] = state.operations;
         format!(
             "unflushed={} held={} rules={} reads={reads} writes={writes} flushes={flushes} zeroes={zeroes}",
             state.cache.len(),
-            state.held,
+            state.held.len() + state.held_threads,
             state
                 .rules
                 .iter()

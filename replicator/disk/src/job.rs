@@ -139,7 +139,8 @@ impl Job {
                 fua: durable,
                 ..
             } => {
-                fits = range_fits(&buf, buf_offset, len, caps.sector);
+                // What a read in flight will leave there is not known: such bytes are not to be stored.
+                fits = range_fits(&buf, buf_offset, len, caps.sector) && !buf.is_being_read_into();
                 fua = durable;
                 (Data::Write(buf, buf_offset), offset, u64::from(len))
             }

@@ -7,13 +7,16 @@
 
 mod arena;
 mod backing;
+mod blocking;
 mod buf;
 mod error;
 #[cfg(feature = "fault-injection")]
 mod fault;
 #[cfg(feature = "fault-injection")]
 mod fault_control;
+mod in_flight;
 mod job;
+mod lock;
 mod memory;
 mod op;
 mod probe;

@@ -437,3 +437,82 @@ fn a_power_cut_loses_a_subset_of_what_was_not_flushed_and_nothing_else() {
         "{lost} {kept} {torn} {older} {held_landed}"
     );
 }
+
+mod model {
+    use super::*;
+    use proptest::prelude::*;
+
+    const SECTORS: u64 = 512;
+
+    #[derive(Clone, Debug)]
+    enum Step {
+        Write(u64, u64, u8, bool),
+        Zero(u64, u64, bool, bool),
+        Discard(u64, u64),
+        Flush,
+        Read(u64, u64),
+    }
+
+    fn step() -> impl Strategy<Value = Step> {
+        let range = || (0..SECTORS, 1u64..200).prop_map(|(at, len)| (at, len.min(SECTORS - at)));
+        prop_oneof![
+            4 => (range(), any::<u8>(), any::<bool>()).prop_map(|((at, len), fill, fua)| Step::Write(at, len, fill, fua)),
+            2 => (range(), any::<bool>(), any::<bool>()).prop_map(|((at, len), unmap, fua)| Step::Zero(at, len, unmap, fua)),
+            1 => range().prop_map(|(at, len)| Step::Discard(at, len)),
+            1 => Just(Step::Flush),
+            3 => range().prop_map(|(at, len)| Step::Read(at, len)),
+        ]
+    }
+
+    proptest! {
+        #![proptest_config(ProptestConfig { cases: 24, failure_persistence: None, ..ProptestConfig::default() })]
+
+        /// Reads see the last write whatever is short, cached, flushed or zeroed; the file has it after a flush.
+        #[test]
+        fn reads_see_the_last_write(steps in prop::collection::vec(step(), 1..60), short in 512u64..20_000) {
+            let mut disk = disk();
+            disk.control.tell(&format!("short any {short}"));
+            let file = disk.file;
+            let mut model = vec![0; (SECTORS * 512) as usize];
+            let mut durable = model.clone();
+            for step in steps {
+                let spot = |at: u64, len: u64| (at * 512) as usize..((at + len) * 512) as usize;
+                let mut must_be_durable = None;
+                match step {
+                    Step::Write(at, len, fill, fua) => {
+                        let bytes = pattern(fill, (len * 512) as usize);
+                        disk.write(at * 512, &bytes, fua).expect("write");
+                        model[spot(at, len)].copy_from_slice(&bytes);
+                        must_be_durable = fua.then(|| spot(at, len));
+                    }
+                    Step::Zero(at, len, unmap, fua) => {
+                        run(&disk.ring, Op::Zero { file, offset: at * 512, len: len * 512, unmap, fua }).expect("zero");
+                        model[spot(at, len)].fill(0);
+                        must_be_durable = fua.then(|| spot(at, len));
+                    }
+                    Step::Discard(at, len) => {
+                        run(&disk.ring, Op::Discard { file, offset: at * 512, len: len * 512 }).expect("discard");
+                        model[spot(at, len)].fill(0);
+                    }
+                    Step::Flush => {
+                        disk.flush().expect("flush");
+                        must_be_durable = Some(0..model.len());
+                    }
+                    Step::Read(at, len) => {
+                        prop_assert!(disk.read(at * 512, (len * 512) as usize) == model[spot(at, len)], "{at} {len}");
+                    }
+                }
+                let in_file = disk.in_file(0, model.len());
+                if let Some(spot) = must_be_durable {
+                    prop_assert!(in_file[spot.clone()] == model[spot], "acknowledged as durable");
+                }
+                // Any step may make more durable than it has to, but only what was written last.
+                for (sector, bytes) in in_file.chunks(512).enumerate() {
+                    let at = sector * 512..(sector + 1) * 512;
+                    prop_assert!(bytes == &durable[at.clone()] || bytes == &model[at], "sector {sector}");
+                }
+                durable = in_file;
+            }
+        }
+    }
+}
