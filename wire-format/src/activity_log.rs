@@ -135,6 +135,13 @@ pub fn decode(b: &[u8; 4096]) -> Result<LogBlock, NotALogBlock> {
         context_start: start,
         ..LogBlock::default()
     };
+    let unused = [
+        &b[UPDATES_AT + updates as usize * 12..CONTEXT_AT],
+        &b[CONTEXT_AT + count as usize * 8..],
+    ];
+    if unused.iter().any(|part| part.iter().any(|byte| *byte != 0)) {
+        return Err(NotALogBlock("unused bytes are not zero"));
+    }
     for i in 0..updates as usize {
         let at = UPDATES_AT + i * 12;
         let slot = u16_at(b, at);

@@ -14,11 +14,11 @@ use crate::frame::*;
 use crate::ids::*;
 use crate::shared::*;
 
-/// Version of the wire format spoken, and the oldest one understood.
+/// Newest wire version this program speaks.
 pub const WIRE_VERSION: u8 = 1;
-/// Oldest version this one talks to.
+/// Oldest wire version this program still speaks: the one before `WIRE_VERSION`, if there was one.
 pub const WIRE_VERSION_MIN: u8 = 1;
-/// Features a peer may require.
+/// Features of this program, one bit each. Version 1 has none.
 pub const KNOWN_FEATURES: u64 = 0;
 
 const MAGIC: [u8; 4] = *b"HFR1";
@@ -26,22 +26,29 @@ const CRC_AT: usize = HEADER_LENGTH - 4;
 const TEXT_CAP: usize = 1024;
 const NAME_CAP: usize = 64;
 
-/// Why bytes are no frame.
+/// Why bytes are no frame. The link is closed with the reason; nothing of the frame was applied, and
+/// everything acknowledged before it stands (D14).
 #[derive(Debug, Clone, PartialEq, Eq, thiserror::Error)]
 pub enum FrameError {
-    #[error("the header does not begin as a frame")]
+    #[error(
+        "the bytes received are not a Holdfast frame; nothing was applied; check that the configured address and port belong to a Holdfast node"
+    )]
     Magic,
-    #[error("the header's checksum does not match")]
+    #[error(
+        "the header's checksum does not match: it was damaged between the nodes; nothing was applied; if it repeats, check network card and memory"
+    )]
     HeaderCrc,
     #[error(
-        "the frame is of wire version {0}, this side speaks {WIRE_VERSION_MIN} to {WIRE_VERSION}"
+        "the frame is of wire version {0}, this side speaks {WIRE_VERSION_MIN} to {WIRE_VERSION}; nothing was applied; upgrade the older node"
     )]
     Version(u8),
     #[error("frame kind {0} is unknown")]
     Kind(u8),
     #[error("the payload of {0} bytes is larger than allowed")]
     TooLong(u32),
-    #[error("the payload's checksum does not match")]
+    #[error(
+        "the payload does not have the length and checksum its header announced: it was damaged between the nodes; nothing of it was applied; if it repeats, check network card and memory"
+    )]
     PayloadCrc,
     #[error("the header is malformed: {0}")]
     Header(&'static str),
@@ -50,6 +57,13 @@ pub enum FrameError {
         kind: FrameKind,
         fault: &'static str,
     },
+    #[error("a {kind:?} frame cannot carry this body ({fault}): it was not sent; this is a defect")]
+    Unencodable {
+        kind: FrameKind,
+        fault: &'static str,
+    },
+    #[error(transparent)]
+    Incompatible(#[from] VersionError),
 }
 
 /// Two versions that cannot talk.
@@ -84,26 +98,34 @@ impl Hello {
     /// # Errors
     /// No version in common, or a feature this side lacks.
     pub fn negotiate(&self) -> Result<u8, VersionError> {
-        let version = self.version_max.min(WIRE_VERSION);
-        if version < self.version_min || version < WIRE_VERSION_MIN {
-            return Err(VersionError::Version {
-                theirs_min: self.version_min,
-                theirs_max: self.version_max,
-            });
-        }
-        let missing = self.features_required & !KNOWN_FEATURES;
-        if missing != 0 {
-            return Err(VersionError::Features(missing));
-        }
-        Ok(version)
+        negotiate(self.version_min, self.version_max, self.features_required)
     }
+}
+
+fn negotiate(theirs_min: u8, theirs_max: u8, required: u64) -> Result<u8, VersionError> {
+    let version = theirs_max.min(WIRE_VERSION);
+    if version < theirs_min || version < WIRE_VERSION_MIN {
+        return Err(VersionError::Version {
+            theirs_min,
+            theirs_max,
+        });
+    }
+    let missing = required & !KNOWN_FEATURES;
+    if missing != 0 {
+        return Err(VersionError::Features(missing));
+    }
+    Ok(version)
 }
 
 /// The bytes of a header.
 pub fn encode_header(h: &FrameHeader) -> [u8; HEADER_LENGTH] {
     let mut b = [0u8; HEADER_LENGTH];
     b[0..4].copy_from_slice(&MAGIC);
-    b[4] = WIRE_VERSION;
+    // What is sent before anything is negotiated goes out as the oldest peer reads it.
+    b[4] = match h.kind {
+        FrameKind::Hello | FrameKind::Goodbye => WIRE_VERSION_MIN,
+        _ => WIRE_VERSION,
+    };
     b[5] = h.kind.code();
     b[6] = pack([h.flags.fua, h.flags.unmap, h.flags.failed]);
     b[8..12].copy_from_slice(&h.payload_length.to_le_bytes());
@@ -149,6 +171,16 @@ pub fn decode_header(b: &[u8; HEADER_LENGTH]) -> Result<FrameHeader, FrameError>
     let header = header_fields(kind, &b[6..CRC_AT]).map_err(FrameError::Header)?;
     if header.payload_length > MAX_PAYLOAD {
         return Err(FrameError::TooLong(header.payload_length));
+    }
+    if header.payload_length == 0 && header.payload_crc != 0 {
+        return Err(FrameError::Header(
+            "it has no payload, but a checksum of one",
+        ));
+    }
+    if header.offset.checked_add(header.length.into()).is_none() {
+        return Err(FrameError::Header(
+            "its range ends beyond what a volume can hold",
+        ));
     }
     if kind.carries_data() && header.payload_length != header.length {
         return Err(FrameError::Header(
@@ -219,9 +251,63 @@ impl FrameKind {
             FrameKind::Write | FrameKind::ResyncData | FrameKind::ReadReply
         )
     }
+
+    /// Frames of this kind have such a body. `Empty` is the body of kinds whose header says all.
+    pub const fn carries(self, body: &Body) -> bool {
+        use FrameKind as K;
+        match body {
+            Body::Empty => matches!(
+                self,
+                K::BitmapEnd
+                    | K::Ready
+                    | K::Zero
+                    | K::Flush
+                    | K::ReceivedAck
+                    | K::Heartbeat
+                    | K::ResyncZero
+                    | K::CompleteAck
+                    | K::Demoted
+                    | K::DiskLostAck
+                    | K::ReadRequest
+            ),
+            Body::Hello(_) => matches!(self, K::Hello),
+            Body::Bitmap { .. } => matches!(self, K::Bitmap),
+            Body::Goodbye { .. } => matches!(self, K::Goodbye),
+            Body::Acks { .. } => matches!(self, K::WriteAck | K::ResyncAck),
+            Body::FlushAck { .. } => matches!(self, K::FlushAck),
+            Body::ResyncDone { .. } => matches!(self, K::ResyncDone),
+            Body::InSync { .. } => matches!(self, K::InSync),
+            Body::PromoteRequest { .. } => matches!(self, K::PromoteRequest),
+            Body::PromoteReply { .. } => matches!(self, K::PromoteReply),
+            Body::NewGeneration { .. } => matches!(self, K::NewGeneration),
+            Body::GenerationAck { .. } => matches!(self, K::GenerationAck),
+            Body::Verify { .. } => matches!(self, K::VerifyRequest),
+            Body::VerifyReply { .. } => matches!(self, K::VerifyReply),
+            Body::DiskLost { .. } => matches!(self, K::DiskLost),
+            Body::Grow { .. } => matches!(self, K::Grow),
+        }
+    }
 }
 
-/// The bytes of a body; empty for [`Body::Empty`].
+/// The bytes of a body for a frame of that kind, checked: what [`decode_body`] would refuse is not sent.
+///
+/// # Errors
+/// [`FrameError::Unencodable`] for a body that the kind does not carry, or one over a cap.
+pub fn encode_body_for(kind: FrameKind, body: &Body) -> Result<Vec<u8>, FrameError> {
+    let fault = |fault| FrameError::Unencodable { kind, fault };
+    if !kind.carries(body) {
+        return Err(fault("the kind and the body do not belong together"));
+    }
+    let bytes = encode_body(body);
+    match decode_body(kind, &bytes) {
+        Ok(_) => Ok(bytes),
+        Err(FrameError::Body { fault: why, .. }) => Err(fault(why)),
+        Err(_) => Err(fault("the other node could not read it")),
+    }
+}
+
+/// The bytes of a body; empty for [`Body::Empty`]. Texts for a person are cut to their cap. That the body
+/// belongs to the frame's kind and keeps its caps is up to the caller; [`encode_body_for`] checks it.
 pub fn encode_body(body: &Body) -> Vec<u8> {
     let mut w = Writer::with_capacity(64);
     match body {
@@ -301,15 +387,31 @@ pub fn encode_body(body: &Body) -> Vec<u8> {
     w.into_vec()
 }
 
-/// The body of a frame of this kind. Allocates at most four times the payload (1 MiB at most) and 64 KiB.
+/// The body of a frame of this kind; check the payload first ([`check_payload`]). Allocates at most 16 KiB,
+/// whatever the bytes: every count and length is held against its cap before anything is allocated for it.
 ///
 /// # Errors
-/// Bytes that are not exactly what [`encode_body`] makes for that kind.
+/// Bytes that are not exactly what [`encode_body`] makes for that kind (a `Hello` may have more, of a later
+/// version). [`FrameError::Incompatible`] if a `Hello` can't be read and its version says why.
 pub fn decode_body(kind: FrameKind, payload: &[u8]) -> Result<Body, FrameError> {
     let mut r = Reader::new(payload);
     body(kind, &mut r)
         .and_then(|body| r.end().map(|()| body))
-        .map_err(|fault| FrameError::Body { kind, fault })
+        .map_err(|fault| match incompatible(kind, payload) {
+            Some(why) => why.into(),
+            None => FrameError::Body { kind, fault },
+        })
+}
+
+/// What the first bytes of a `Hello` say, which no version changes: a node too far apart is told apart from
+/// one that sends nonsense.
+fn incompatible(kind: FrameKind, payload: &[u8]) -> Option<VersionError> {
+    if kind != FrameKind::Hello {
+        return None;
+    }
+    let mut r = Reader::new(payload);
+    let (min, max, required) = (r.u8().ok()?, r.u8().ok()?, r.u64().ok()?);
+    negotiate(min, max, required).err()
 }
 
 fn body(kind: FrameKind, r: &mut Reader) -> Result<Body, Fault> {
@@ -345,17 +447,17 @@ fn body(kind: FrameKind, r: &mut Reader) -> Result<Body, Fault> {
                 return Err("too many runs");
             }
             let mut runs = Vec::with_capacity(count);
-            let mut above = 0;
+            let mut above = None;
             for _ in 0..count {
                 let (first, last) = (r.u64()?, r.u64()?);
-                if first <= above && above > 0
+                if above.is_some_and(|above| first <= above)
                     || first > last
                     || last == u64::MAX
                     || last - first > 1 << 24
                 {
                     return Err("runs are sorted, disjoint and bounded");
                 }
-                above = last;
+                above = Some(last);
                 runs.push((first, last));
             }
             Body::Acks { runs }
@@ -444,7 +546,9 @@ fn take_epoch(r: &mut Reader) -> Result<Epoch, Fault> {
     epoch_of(number, r.u8()?)
 }
 
-/// Sections with a length each, so that a later version can append to one or add another.
+/// The first 18 bytes of a `Hello` and what is in its sections never change: a later version appends to a
+/// section or adds one at the end, and its neighbour leaves that unread. What must not be left unread is a
+/// required feature.
 fn section(w: &mut Writer, fill: impl FnOnce(&mut Writer)) {
     let mut inner = Writer::with_capacity(256);
     fill(&mut inner);

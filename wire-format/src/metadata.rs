@@ -166,8 +166,9 @@ pub struct Superblock {
     pub in_sync_pending: SlotSet,
     /// Every position this copy holds of the current generation is at least this far.
     pub position: Position,
-    /// No position above this was ever issued in the current generation: reserve ahead, never reuse (D17).
-    pub position_limit: Position,
+    /// Where the current generation begins in the count of positions, which goes on across generations.
+    /// Facts and fork positions count from the beginning of their generation.
+    pub generation_base: Position,
     /// Newest last, at most `MAX_GENERATIONS`; the last is the current one.
     pub generations: Vec<Generation>,
     /// True if older generations were dropped from the list.

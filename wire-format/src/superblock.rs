@@ -2,7 +2,7 @@
 //!
 //! Byte by byte in `docs/metadata.md`.
 
-use crate::bytes::{Fault, Reader, Writer, shorten};
+use crate::bytes::{Fault, Reader, Writer};
 use crate::ids::*;
 use crate::layout::Layout;
 use crate::metadata::*;
@@ -14,6 +14,8 @@ pub const SUPERBLOCK_LENGTH: usize = 4096;
 pub const DISK_VERSION: u16 = 1;
 /// Incompatible features this version understands.
 pub const KNOWN_INCOMPATIBLE: u64 = 0;
+/// Read-only-compatible features this version understands.
+pub const KNOWN_READ_ONLY: u64 = 0;
 
 const MAGIC: [u8; 8] = *b"HOLDFAST";
 const NAME_CAP: usize = 63;
@@ -48,16 +50,28 @@ pub enum SuperblockError {
     Unencodable(&'static str),
 }
 
-/// The bytes of a superblock.
+/// Features that this version does not understand and that let it read, not write: with any of them the
+/// volume is opened read-only or not at all. 0 = none.
+pub fn unknown_read_only_features(sb: &Superblock) -> u64 {
+    sb.features_read_only & !KNOWN_READ_ONLY
+}
+
+/// The bytes of a superblock. What [`decode`] would not read back as the same is never handed out to be
+/// written over what is whole.
 ///
 /// # Errors
-/// More entries than a list holds.
+/// More entries than a list holds, a name too long, or a value out of its range.
 pub fn encode(sb: &Superblock) -> Result<[u8; SUPERBLOCK_LENGTH], SuperblockError> {
     if sb.generations.len() > MAX_GENERATIONS {
         return Err(SuperblockError::Unencodable("too many generations"));
     }
     if sb.volume_disks.len() > MAX_VOLUMES {
         return Err(SuperblockError::Unencodable("too many volumes"));
+    }
+    if sb.service_name.len() > NAME_CAP || sb.volume_name.len() > NAME_CAP {
+        return Err(SuperblockError::Unencodable(
+            "a name is longer than 63 bytes",
+        ));
     }
     let mut w = Writer::with_capacity(SUPERBLOCK_LENGTH);
     w.put(&MAGIC);
@@ -85,7 +99,6 @@ pub fn encode(sb: &Superblock) -> Result<[u8; SUPERBLOCK_LENGTH], SuperblockErro
     w.u64(sb.journal_size);
     w.u64(sb.area_size);
     for name in [&sb.service_name, &sb.volume_name] {
-        let name = shorten(name, NAME_CAP);
         w.u8(name.len() as u8);
         w.put(name.as_bytes());
         w.zero(NAME_CAP - name.len());
@@ -106,7 +119,7 @@ pub fn encode(sb: &Superblock) -> Result<[u8; SUPERBLOCK_LENGTH], SuperblockErro
     w.u64(sb.before_resync.1);
     w.u64(sb.in_sync_version);
     w.u64(sb.position);
-    w.u64(sb.position_limit);
+    w.u64(sb.generation_base);
     w.u8(sb.generations.len() as u8);
     w.u8(u8::from(sb.generations_cut));
     w.u8(sb.volume_disks.len() as u8);
@@ -127,7 +140,13 @@ pub fn encode(sb: &Superblock) -> Result<[u8; SUPERBLOCK_LENGTH], SuperblockErro
     bytes.copy_from_slice(&w.into_vec());
     let crc = crc32fast::hash(&bytes[12..]);
     bytes[8..12].copy_from_slice(&crc.to_le_bytes());
-    Ok(bytes)
+    match decode(&bytes) {
+        Ok(back) if back == *sb => Ok(bytes),
+        Err(SuperblockError::Damaged(why)) => Err(SuperblockError::Unencodable(why)),
+        _ => Err(SuperblockError::Unencodable(
+            "it would not be read back as it is",
+        )),
+    }
 }
 
 fn put_peer(w: &mut Writer, p: &PeerRecord) {
@@ -172,7 +191,7 @@ fn take_peer(r: &mut Reader) -> Result<PeerRecord, Fault> {
     Ok(record)
 }
 
-/// What a superblock says. Allocates at most 64 KiB, whatever the bytes.
+/// What a superblock says. Allocates at most 4 KiB, whatever the bytes.
 ///
 /// # Errors
 /// No metadata, damage, or a newer version.
@@ -183,7 +202,9 @@ pub fn decode(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, SuperblockE
     if bytes[8..12] != crc32fast::hash(&bytes[12..]).to_le_bytes() {
         return Err(SuperblockError::Damaged("its checksum does not match"));
     }
-    // Only after the checksum: a flipped bit is damage, not a newer version.
+    // Only after the checksum: a flipped bit is damage, not a newer version. And before anything else is
+    // read: what a newer version means by its fields is not known here, and "damaged" would fall back to the
+    // older slot (D16). So magic, checksum, version and incompatible features keep their places for good.
     let version = u16::from_le_bytes([bytes[12], bytes[13]]);
     if version > DISK_VERSION {
         return Err(SuperblockError::Newer {
@@ -191,18 +212,17 @@ pub fn decode(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, SuperblockE
             known: DISK_VERSION,
         });
     }
-    fields(bytes)
-        .map_err(SuperblockError::Damaged)
-        .and_then(|sb| {
-            let unknown = sb.features_incompatible & !KNOWN_INCOMPATIBLE;
-            if unknown != 0 {
-                return Err(SuperblockError::Features(unknown));
-            }
-            match Layout::of(&sb) {
-                Ok(_) => Ok(sb),
-                Err(_) => Err(SuperblockError::Damaged("its sizes make no layout")),
-            }
-        })
+    let mut features = [0; 8];
+    features.copy_from_slice(&bytes[16..24]);
+    let unknown = u64::from_le_bytes(features) & !KNOWN_INCOMPATIBLE;
+    if unknown != 0 {
+        return Err(SuperblockError::Features(unknown));
+    }
+    let sb = fields(bytes).map_err(SuperblockError::Damaged)?;
+    match Layout::of(&sb) {
+        Ok(_) => Ok(sb),
+        Err(_) => Err(SuperblockError::Damaged("its sizes make no layout")),
+    }
 }
 
 fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
@@ -255,7 +275,7 @@ fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
     let before_resync = (GenerationId(r.u64()?), r.u64()?);
     let in_sync_version = r.u64()?;
     let position = r.u64()?;
-    let position_limit = r.u64()?;
+    let generation_base = r.u64()?;
     let generation_count = usize::from(r.u8()?);
     let generations_cut = r.flags(1)? == 1;
     let disk_count = usize::from(r.u8()?);
@@ -313,7 +333,7 @@ fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
         in_sync_version,
         in_sync_pending,
         position,
-        position_limit,
+        generation_base,
         generations,
         generations_cut,
         volume_disks,

@@ -10,10 +10,20 @@ use holdfast_wire_format::metadata::*;
 
 impl Core {
     pub(crate) fn admin(&mut self, admin: AdminId, command: Command, out: &mut Actions) {
-        let done = |text: &str| Action::AdminDone { admin, result: Ok(text.to_owned()) };
+        let done = |text: &str| Action::AdminDone {
+            admin,
+            result: Ok(text.to_owned()),
+        };
         if self.role == Role::Detached {
-            let text = refusal("this copy is detached", "Its disk holds everything it had", "Start the replicator again");
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            let text = refusal(
+                "this copy is detached",
+                "Its disk holds everything it had",
+                "Start the replicator again",
+            );
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         match command {
             Command::Promote { force } => self.want_promotion(admin, force, out),
@@ -23,7 +33,9 @@ impl Core {
                     self.peers[at].wanted = true;
                     if self.peers[at].session.is_none() {
                         self.peers[at].relation = Relation::Down;
-                        out.push(Action::Connect { peer: self.peers[at].slot });
+                        out.push(Action::Connect {
+                            peer: self.peers[at].slot,
+                        });
                     }
                 }
                 out.push(done("connecting"));
@@ -31,7 +43,13 @@ impl Core {
             Command::Disconnect { peer } => {
                 for at in self.chosen(peer) {
                     self.peers[at].wanted = false;
-                    self.close(at, GoodbyeCode::Disconnect, "disconnected by a person", false, out);
+                    self.close(
+                        at,
+                        GoodbyeCode::Disconnect,
+                        "disconnected by a person",
+                        false,
+                        out,
+                    );
                 }
                 out.push(done("disconnected; writes are noted in the bitmap"));
             }
@@ -55,7 +73,9 @@ impl Core {
                 out.push(done("verify stopped"));
             }
             Command::Invalidate => self.invalidate(admin, out),
-            Command::ResolveSplitBrain { discard_mine } => self.resolve_split_brain(admin, discard_mine, out),
+            Command::ResolveSplitBrain { discard_mine } => {
+                self.resolve_split_brain(admin, discard_mine, out)
+            }
             Command::SuspendIo => {
                 self.suspended = true;
                 out.push(done("client I/O is held"));
@@ -71,26 +91,39 @@ impl Core {
             Command::Detach => self.detach(admin, out),
             Command::WhatWouldForceLose => {
                 let text = self.what_force_loses();
-                out.push(Action::AdminDone { admin, result: Ok(text) });
+                out.push(Action::AdminDone {
+                    admin,
+                    result: Ok(text),
+                });
             }
         }
     }
 
     fn chosen(&self, peer: Option<Slot>) -> Vec<usize> {
-        (0..self.peers.len()).filter(|at| peer.is_none_or(|slot| self.peers[*at].slot == slot)).collect()
+        (0..self.peers.len())
+            .filter(|at| peer.is_none_or(|slot| self.peers[*at].slot == slot))
+            .collect()
     }
 
     /// The data of this copy is given up: it becomes blank, and the next meeting fills it whole.
     fn invalidate(&mut self, admin: AdminId, out: &mut Actions) {
         let only_good = self.is_primary_like()
-            || !self.peers.iter().any(|p| matches!(p.their_state, Some(CopyState::UpToDate | CopyState::Complete)));
+            || !self.peers.iter().any(|p| {
+                matches!(
+                    p.their_state,
+                    Some(CopyState::UpToDate | CopyState::Complete)
+                )
+            });
         if only_good {
             let text = refusal(
                 "this copy is primary, or no other copy is known to hold the data",
                 "Nothing was discarded",
                 "Demote it, connect a copy that is up to date, then invalidate this one",
             );
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         self.sb.state = CopyState::Blank;
         self.sb.flags.zeroed = false;
@@ -99,23 +132,39 @@ impl Core {
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
         self.undo_drop(out);
         self.commit(
-            Then::Admin { admin, text: "this copy is blank; it takes a full copy at the next meeting".into() },
+            Then::Admin {
+                admin,
+                text: "this copy is blank; it takes a full copy at the next meeting".into(),
+            },
             out,
         );
         for at in 0..self.peers.len() {
             self.meet_again(at, "this copy was invalidated", out);
             if self.peers[at].wanted && self.peers[at].session.is_none() {
                 self.peers[at].relation = Relation::Down;
-                out.push(Action::Connect { peer: self.peers[at].slot });
+                out.push(Action::Connect {
+                    peer: self.peers[at].slot,
+                });
             }
         }
     }
 
     fn resolve_split_brain(&mut self, admin: AdminId, discard_mine: bool, out: &mut Actions) {
-        let split = self.peers.iter().any(|p| p.handshake.starts_with("R16") || p.handshake.starts_with("R15") || p.handshake.starts_with("R6"));
+        let split = self.peers.iter().any(|p| {
+            p.handshake.starts_with("R16")
+                || p.handshake.starts_with("R15")
+                || p.handshake.starts_with("R6")
+        });
         if !split {
-            let text = refusal("no split brain is known here", "Nothing was discarded", "Look at the status");
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            let text = refusal(
+                "no split brain is known here",
+                "Nothing was discarded",
+                "Look at the status",
+            );
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         if !discard_mine {
             // The other side gives up its writes there; here it is enough to meet again.
@@ -123,11 +172,16 @@ impl Core {
                 self.peers[at].wanted = true;
                 if self.peers[at].session.is_none() {
                     self.peers[at].relation = Relation::Down;
-                    out.push(Action::Connect { peer: self.peers[at].slot });
+                    out.push(Action::Connect {
+                        peer: self.peers[at].slot,
+                    });
                 }
             }
             let text = "this copy keeps its writes; discard the other's on its node".to_owned();
-            return out.push(Action::AdminDone { admin, result: Ok(text) });
+            return out.push(Action::AdminDone {
+                admin,
+                result: Ok(text),
+            });
         }
         if self.is_primary_like() {
             let text = refusal(
@@ -135,29 +189,45 @@ impl Core {
                 "Nothing was discarded",
                 "Demote it first: its application must not see its data change under it",
             );
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         self.sb.state = CopyState::Blank;
         self.sb.flags.zeroed = false;
         self.sb.target_of = GenerationId(0);
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
         self.commit(
-            Then::Admin { admin, text: "the writes of this copy since the fork are given up; it becomes the target".into() },
+            Then::Admin {
+                admin,
+                text: "the writes of this copy since the fork are given up; it becomes the target"
+                    .into(),
+            },
             out,
         );
         for at in 0..self.peers.len() {
             self.peers[at].wanted = true;
             if self.peers[at].session.is_none() {
                 self.peers[at].relation = Relation::Down;
-                out.push(Action::Connect { peer: self.peers[at].slot });
+                out.push(Action::Connect {
+                    peer: self.peers[at].slot,
+                });
             }
         }
     }
 
     fn set_mode(&mut self, admin: AdminId, slot: Slot, mode: Mode, out: &mut Actions) {
         let Some(at) = self.peer_index(slot) else {
-            let text = refusal("there is no such peer", "Nothing was changed", "Look at the status");
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            let text = refusal(
+                "there is no such peer",
+                "Nothing was changed",
+                "Look at the status",
+            );
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         };
         let record = self.peers[at].record;
         self.peers[at].mode = mode;
@@ -168,27 +238,41 @@ impl Core {
             self.sb.in_sync_pending = self.sb.in_sync;
             self.sb.in_sync_version += 1;
         }
-        self.commit(Then::Admin { admin, text: format!("mode toward copy {} is {mode:?}", slot.0) }, out);
+        self.commit(
+            Then::Admin {
+                admin,
+                text: format!("mode toward copy {} is {mode:?}", slot.0),
+            },
+            out,
+        );
         self.meet_again(at, "the mode of replication changed", out);
     }
 
     /// Changing the policy while a member of S is missing decides who may go on alone: a force.
     fn set_policy(&mut self, admin: AdminId, policy: OnPeerLoss, force: bool, out: &mut Actions) {
-        let missing = self
-            .peers
-            .iter()
-            .any(|p| self.sb.in_sync.contains(p.slot) && !matches!(p.relation, Relation::Established));
+        let missing = self.peers.iter().any(|p| {
+            self.sb.in_sync.contains(p.slot) && !matches!(p.relation, Relation::Established)
+        });
         if missing && !force {
             let text = refusal(
                 "a member of S is not connected: the other side may act on the old policy",
                 "The policy stays as it is",
                 "Connect the copies first, or confirm that the other copy is off and use --force",
             );
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         self.sb.on_peer_loss = policy;
         self.parked = false;
-        self.commit(Then::Admin { admin, text: format!("on-peer-loss is {policy:?}") }, out);
+        self.commit(
+            Then::Admin {
+                admin,
+                text: format!("on-peer-loss is {policy:?}"),
+            },
+            out,
+        );
         self.check_all(out);
     }
 
@@ -196,8 +280,15 @@ impl Core {
     fn grow(&mut self, admin: AdminId, volume: VolumeIndex, size: u64, out: &mut Actions) {
         let at = volume.0 as usize;
         let Some(v) = self.volumes.get(at) else {
-            let text = refusal("there is no such volume", "Nothing was changed", "List the volumes");
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            let text = refusal(
+                "there is no such volume",
+                "Nothing was changed",
+                "List the volumes",
+            );
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         };
         if size < v.size || size % u64::from(v.sector_size) != 0 {
             let text = refusal(
@@ -205,17 +296,29 @@ impl Core {
                 "The volume stays as it is",
                 "Name a size above the present one",
             );
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         let text = refusal(
             "growing a volume of a running replicator is not supported by this copy's metadata layout",
             "The volume stays as it is",
             "Stop the replicator on both nodes, run `holdfast volume grow` on each, start them again",
         );
-        out.push(Action::AdminDone { admin, result: Err(text) });
+        out.push(Action::AdminDone {
+            admin,
+            result: Err(text),
+        });
     }
 
-    pub(crate) fn peer_grew(&mut self, at: usize, _volume: VolumeIndex, _size: u64, out: &mut Actions) {
+    pub(crate) fn peer_grew(
+        &mut self,
+        at: usize,
+        _volume: VolumeIndex,
+        _size: u64,
+        out: &mut Actions,
+    ) {
         self.meet_again(at, "the other copy's volume grew", out);
     }
 
@@ -233,7 +336,10 @@ impl Core {
             Ok(promotion) if promotion.may_lose.is_empty() => {
                 lines.push("a promotion loses nothing that was acknowledged and flushed".into());
             }
-            Ok(promotion) => lines.push(format!("a forced promotion may lose {}", promotion.may_lose)),
+            Ok(promotion) => lines.push(format!(
+                "a forced promotion may lose {}",
+                promotion.may_lose
+            )),
             Err(refusal) => lines.push(format!("a promotion is refused even by force: {refusal}")),
         }
         for peer in &self.peers {
@@ -252,12 +358,26 @@ impl Core {
 
     fn detach(&mut self, admin: AdminId, out: &mut Actions) {
         if self.detaching.is_some() {
-            let text = refusal("a detach is under way", "Nothing was changed", "Wait for it");
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            let text = refusal(
+                "a detach is under way",
+                "Nothing was changed",
+                "Wait for it",
+            );
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         if let Some(promotion) = self.promotion.take_if(|p| !p.committed) {
-            let text = refusal("the replicator stops", "No copy was promoted", "Start it again first");
-            out.push(Action::AdminDone { admin: promotion.admin, result: Err(text) });
+            let text = refusal(
+                "the replicator stops",
+                "No copy was promoted",
+                "Start it again first",
+            );
+            out.push(Action::AdminDone {
+                admin: promotion.admin,
+                result: Err(text),
+            });
             self.role = Role::Secondary;
         }
         self.detaching = Some(admin);
@@ -296,21 +416,29 @@ impl Core {
 
     /// A bitmap page became durable: more to save, or the end of a detach.
     pub(crate) fn pages_saved(&mut self, out: &mut Actions) {
-        if self.detaching.is_none() || !self.detach_flushed_once || self.detach_recording || self.flush.left > 0 {
+        if self.detaching.is_none()
+            || !self.detach_flushed_once
+            || self.detach_recording
+            || self.flush.left > 0
+        {
             return;
         }
         if !self.save_all_bits(out) {
             return;
         }
         self.detach_recording = true;
-        self.sb.flags.unclean = false;
+        // A second, clean stop does not settle an unclean one.
+        self.sb.flags.unclean = self.unclean_start;
         self.commit(Then::Detached, out);
     }
 
     pub(crate) fn detached(&mut self, out: &mut Actions) {
         self.role = Role::Detached;
         if let Some(admin) = self.detaching.take() {
-            out.push(Action::AdminDone { admin, result: Ok("detached; all of it is durable".into()) });
+            out.push(Action::AdminDone {
+                admin,
+                result: Ok("detached; all of it is durable".into()),
+            });
         }
     }
 

@@ -79,66 +79,152 @@ pub enum DiskError {
 pub enum Event {
     // --- the application: offsets and lengths in bytes, multiples of the sector size, at most 1 MiB a request
     //     for data (the shell splits larger ones), any length for `Zero` ---
-    Read { request: RequestId, volume: VolumeIndex, offset: u64, length: u32, buf: BufId },
-    Write { request: RequestId, volume: VolumeIndex, offset: u64, length: u32, buf: BufId, fua: bool, crc: u32 },
-    Zero { request: RequestId, volume: VolumeIndex, offset: u64, length: u64, unmap: bool, fua: bool },
-    Flush { request: RequestId },
+    Read {
+        request: RequestId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+        buf: BufId,
+    },
+    Write {
+        request: RequestId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+        buf: BufId,
+        fua: bool,
+        crc: u32,
+    },
+    Zero {
+        request: RequestId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u64,
+        unmap: bool,
+        fua: bool,
+    },
+    Flush {
+        request: RequestId,
+    },
     /// Read-modify-write at byte grain, or another reason to have a range to oneself: `Granted` when no
     /// other write to that range is in flight, until `Unlock`. A `Write` that carries the lock's
     /// request id passes it.
-    Lock { request: RequestId, volume: VolumeIndex, offset: u64, length: u32 },
-    Unlock { request: RequestId },
+    Lock {
+        request: RequestId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+    },
+    Unlock {
+        request: RequestId,
+    },
 
     // --- answers ---
-    DiskDone { op: OpId, result: Result<(), DiskError> },
-    MetaDone { op: OpId, result: Result<(), DiskError> },
+    DiskDone {
+        op: OpId,
+        result: Result<(), DiskError>,
+    },
+    MetaDone {
+        op: OpId,
+        result: Result<(), DiskError>,
+    },
     /// Answer to `Hash`.
-    HashDone { op: OpId, digest: u128 },
+    HashDone {
+        op: OpId,
+        digest: u128,
+    },
     /// Answer to `IsZero`.
-    ZeroCheck { op: OpId, zero: bool },
+    ZeroCheck {
+        op: OpId,
+        zero: bool,
+    },
 
     // --- the link ---
-    LinkUp { peer: Slot, session: SessionId, path: String },
-    LinkDown { peer: Slot, session: SessionId, reason: String },
+    LinkUp {
+        peer: Slot,
+        session: SessionId,
+        path: String,
+    },
+    LinkDown {
+        peer: Slot,
+        session: SessionId,
+        reason: String,
+    },
     /// A frame without block data, CRCs checked, body decoded.
-    Control { peer: Slot, session: SessionId, header: FrameHeader, body: Body },
+    Control {
+        peer: Slot,
+        session: SessionId,
+        header: FrameHeader,
+        body: Body,
+    },
     /// A frame with block data (`Write`, `ResyncData`, `ReadReply`), CRCs checked.
-    Data { peer: Slot, session: SessionId, header: FrameHeader, buf: BufId },
+    Data {
+        peer: Slot,
+        session: SessionId,
+        header: FrameHeader,
+        buf: BufId,
+    },
     /// The link took this many bytes off its queue toward the peer.
-    Drained { peer: Slot, session: SessionId, bytes: u64 },
+    Drained {
+        peer: Slot,
+        session: SessionId,
+        bytes: u64,
+    },
 
     // --- time ---
     /// The deadline the core named has come (calls at other moments do no harm).
     Tick,
 
     // --- people ---
-    Admin { admin: AdminId, command: Command },
+    Admin {
+        admin: AdminId,
+        command: Command,
+    },
 }
 
 /// What a person or an agent may ask for.
 #[derive(Clone, Debug)]
 pub enum Command {
-    Promote { force: bool },
+    Promote {
+        force: bool,
+    },
     Demote,
     /// Allow the link to that peer (all of them: `None`).
-    Connect { peer: Option<Slot> },
-    Disconnect { peer: Option<Slot> },
+    Connect {
+        peer: Option<Slot>,
+    },
+    Disconnect {
+        peer: Option<Slot>,
+    },
     /// Hold back resync and verify; mirroring goes on.
     PauseResync,
     ResumeResync,
-    Verify { volume: Option<VolumeIndex> },
+    Verify {
+        volume: Option<VolumeIndex>,
+    },
     StopVerify,
     /// This copy's data is worthless: take a full copy from the peer. `confirmed` after the loss was shown.
     Invalidate,
     /// Give up this copy's writes since the fork and become the target.
-    ResolveSplitBrain { discard_mine: bool },
+    ResolveSplitBrain {
+        discard_mine: bool,
+    },
     /// Park all client I/O (a planned hold), and let it go on.
     SuspendIo,
     ResumeIo,
-    SetMode { peer: Slot, mode: Mode },
-    SetOnPeerLoss { policy: OnPeerLoss, force: bool },
+    SetMode {
+        peer: Slot,
+        mode: Mode,
+    },
+    SetOnPeerLoss {
+        policy: OnPeerLoss,
+        force: bool,
+    },
     /// The backing devices grew: make volume `volume` this large.
-    Grow { volume: VolumeIndex, size: u64 },
+    Grow {
+        volume: VolumeIndex,
+        size: u64,
+    },
     /// Stop cleanly: demote if primary, flush, mark clean. `AdminDone` when all is durable.
     Detach,
     /// What would be lost or decided, changing nothing.
@@ -173,7 +259,10 @@ pub enum Payload {
     Body(Body),
     /// `header.length` bytes of this buffer from its start. The CRC is the one the event brought, or is
     /// computed by the shell when `header.payload_crc` is 0 and `crc_known` is false.
-    Buf { buf: BufId, crc_known: bool },
+    Buf {
+        buf: BufId,
+        crc_known: bool,
+    },
 }
 
 /// What is to be done.
@@ -181,46 +270,125 @@ pub enum Payload {
 pub enum Action {
     // --- disk. Each answers with `DiskDone` or `MetaDone`; none is to be reordered by the shell around
     //     another one's completion, but those given together may run together ---
-    DiskRead { op: OpId, volume: VolumeIndex, offset: u64, length: u32, buf: BufId },
-    DiskWrite { op: OpId, volume: VolumeIndex, offset: u64, length: u32, buf: BufId, fua: bool },
-    DiskZero { op: OpId, volume: VolumeIndex, offset: u64, length: u64, unmap: bool, fua: bool },
-    DiskFlush { op: OpId, volume: VolumeIndex },
+    DiskRead {
+        op: OpId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+        buf: BufId,
+    },
+    DiskWrite {
+        op: OpId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+        buf: BufId,
+        fua: bool,
+    },
+    DiskZero {
+        op: OpId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u64,
+        unmap: bool,
+        fua: bool,
+    },
+    DiskFlush {
+        op: OpId,
+        volume: VolumeIndex,
+    },
     /// Metadata: done means durable (FUA).
-    MetaWrite { op: OpId, place: MetaPlace, bytes: Vec<u8> },
+    MetaWrite {
+        op: OpId,
+        place: MetaPlace,
+        bytes: Vec<u8>,
+    },
     /// Undo data: `length` bytes of the buffer to the metadata area; done means durable.
-    MetaWriteBuf { op: OpId, place: MetaPlace, buf: BufId, length: u32 },
+    MetaWriteBuf {
+        op: OpId,
+        place: MetaPlace,
+        buf: BufId,
+        length: u32,
+    },
     /// Undo data back into a buffer.
-    MetaReadBuf { op: OpId, place: MetaPlace, buf: BufId, length: u32 },
+    MetaReadBuf {
+        op: OpId,
+        place: MetaPlace,
+        buf: BufId,
+        length: u32,
+    },
 
     // --- buffers ---
-    AllocBuf { buf: BufId, length: u32 },
-    ReleaseBuf { buf: BufId },
+    AllocBuf {
+        buf: BufId,
+        length: u32,
+    },
+    ReleaseBuf {
+        buf: BufId,
+    },
     /// xxh3-128 of the first `length` bytes.
-    Hash { op: OpId, buf: BufId, length: u32 },
+    Hash {
+        op: OpId,
+        buf: BufId,
+        length: u32,
+    },
     /// Whether the first `length` bytes are all zero.
-    IsZero { op: OpId, buf: BufId, length: u32 },
+    IsZero {
+        op: OpId,
+        buf: BufId,
+        length: u32,
+    },
 
     // --- link ---
-    Send { peer: Slot, session: SessionId, header: FrameHeader, payload: Payload },
+    Send {
+        peer: Slot,
+        session: SessionId,
+        header: FrameHeader,
+        payload: Payload,
+    },
     /// Try to reach that peer from now on.
-    Connect { peer: Slot },
+    Connect {
+        peer: Slot,
+    },
     /// Send what is queued, then close; do not reconnect when `reconnect` is false.
-    Close { peer: Slot, session: SessionId, code: GoodbyeCode, text: String, reconnect: bool },
+    Close {
+        peer: Slot,
+        session: SessionId,
+        code: GoodbyeCode,
+        text: String,
+        reconnect: bool,
+    },
 
     // --- application ---
-    Complete { request: RequestId, status: Status },
-    Granted { request: RequestId },
+    Complete {
+        request: RequestId,
+        status: Status,
+    },
+    Granted {
+        request: RequestId,
+    },
     /// Who may write changed: exports of older epochs are refused from here on.
-    RoleChanged { role: Role, epoch: Epoch },
+    RoleChanged {
+        role: Role,
+        epoch: Epoch,
+    },
     /// A volume's size for new connections.
-    Resized { volume: VolumeIndex, size: u64 },
+    Resized {
+        volume: VolumeIndex,
+        size: u64,
+    },
 
     // --- people ---
-    AdminDone { admin: AdminId, result: AdminResult },
+    AdminDone {
+        admin: AdminId,
+        result: AdminResult,
+    },
     /// A decision or a change of state, for the event log.
     Notice(Notice),
     /// Stop this process now rather than write wrong data.
-    Halt { reason: String },
+    Halt {
+        reason: String,
+    },
 }
 
 /// One line of the event log.
@@ -263,7 +431,8 @@ pub trait MetaSource {
     ///
     /// # Errors
     /// The disk's error; recovery then refuses to attach.
-    fn read(&mut self, volume: VolumeIndex, offset: u64, bytes: &mut [u8]) -> Result<(), DiskError>;
+    fn read(&mut self, volume: VolumeIndex, offset: u64, bytes: &mut [u8])
+    -> Result<(), DiskError>;
 }
 
 /// What the shell knows at start, besides the metadata.

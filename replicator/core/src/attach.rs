@@ -20,7 +20,9 @@ use std::collections::{BTreeMap, VecDeque};
 /// Why a copy cannot be attached.
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
-    #[error("the metadata of volume {volume} could not be read ({error:?}); nothing was changed; check the device")]
+    #[error(
+        "the metadata of volume {volume} could not be read ({error:?}); nothing was changed; check the device"
+    )]
     Read { volume: u16, error: DiskError },
     #[error("volume {volume}: {error}; nothing was changed")]
     Superblock { volume: u16, error: String },
@@ -86,10 +88,16 @@ fn genesis(service: Uuid) -> GenerationId {
 pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateError> {
     let bad = |text: String| CreateError::Parameters(text);
     if p.volumes.is_empty() || p.volumes.len() > MAX_VOLUMES {
-        return Err(bad(format!("a service has 1 to {MAX_VOLUMES} volumes, not {}", p.volumes.len())));
+        return Err(bad(format!(
+            "a service has 1 to {MAX_VOLUMES} volumes, not {}",
+            p.volumes.len()
+        )));
     }
     if p.peers.len() > MAX_PEERS {
-        return Err(bad(format!("a copy has at most {MAX_PEERS} peers, not {}", p.peers.len())));
+        return Err(bad(format!(
+            "a copy has at most {MAX_PEERS} peers, not {}",
+            p.peers.len()
+        )));
     }
     let zeroed = p.volumes.iter().all(|v| v.zeroed);
     let mut rng = p.seed;
@@ -100,22 +108,33 @@ pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateE
         z = (z ^ (z >> 27)).wrapping_mul(0x94d0_49bb_1331_11eb);
         z ^ (z >> 31)
     };
-    let disks: Vec<Uuid> =
-        p.volumes.iter().map(|_| Uuid((u128::from(random()) << 64) | u128::from(random()) | 1)).collect();
+    let disks: Vec<Uuid> = p
+        .volumes
+        .iter()
+        .map(|_| Uuid((u128::from(random()) << 64) | u128::from(random()) | 1))
+        .collect();
     let mut peers = [PeerRecord::default(); MAX_PEERS];
     for (record, peer) in peers.iter_mut().zip(&p.peers) {
         record.in_use = true;
         record.slot = peer.slot.0;
         record.node = peer.node;
         record.mode = peer.mode as u8;
-        record.bitmap_base = if zeroed { genesis(p.service) } else { GenerationId(0) };
+        record.bitmap_base = if zeroed {
+            genesis(p.service)
+        } else {
+            GenerationId(0)
+        };
     }
     let mut images = Vec::new();
     for (volume, disk) in p.volumes.iter().zip(&disks) {
         if volume.grain_shift.is_some_and(|g| !(12..=20).contains(&g)) {
-            return Err(bad("one bit of the dirty bitmap stands for 4 KiB to 1 MiB".into()));
+            return Err(bad(
+                "one bit of the dirty bitmap stands for 4 KiB to 1 MiB".into()
+            ));
         }
-        let grain_shift = volume.grain_shift.unwrap_or_else(|| layout::default_grain_shift(volume.data_size));
+        let grain_shift = volume
+            .grain_shift
+            .unwrap_or_else(|| layout::default_grain_shift(volume.data_size));
         let mut sb = Superblock {
             sequence: 2,
             service: p.service,
@@ -138,8 +157,12 @@ pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateE
             attach_counter: 0,
             incarnation: Incarnation(0),
             epoch_gate: Epoch::NONE,
-            state: if zeroed { CopyState::UpToDate } else { CopyState::Blank },
-            flags: CopyFlags { zeroed, ..CopyFlags::default() },
+            // Zeroed copies are up to date as soon as they met (row 3).
+            state: CopyState::Blank,
+            flags: CopyFlags {
+                zeroed,
+                ..CopyFlags::default()
+            },
             target_of: GenerationId(0),
             target_source: 0,
             before_resync: (GenerationId(0), 0),
@@ -149,7 +172,7 @@ pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateE
             in_sync_version: 1,
             in_sync_pending: if zeroed { p.in_sync } else { SlotSet::EMPTY },
             position: 0,
-            position_limit: 0,
+            generation_base: 0,
             generations: Vec::new(),
             generations_cut: false,
             volume_disks: disks.clone(),
@@ -170,17 +193,26 @@ pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateE
         }
         let layout = Layout::of(&sb).map_err(|e| bad(e.to_string()))?;
         sb.area_size = layout.total;
-        let place = |offset| MetaPlace { volume: volume.index, offset };
+        let place = |offset| MetaPlace {
+            volume: volume.index,
+            offset,
+        };
         // The log's blocks and the summaries first; the superblock makes them count.
         for block in 0..u64::from(volume.al_blocks) {
-            images.push((place(layout.activity_log_offset + block * 4096), vec![0; 4096]));
+            images.push((
+                place(layout.activity_log_offset + block * 4096),
+                vec![0; 4096],
+            ));
         }
         let pages = DirtyBitmap::new(volume.data_size, grain_shift, 8).page_count();
         for record in 0..MAX_PEERS {
             for block in 0..pages.div_ceil(bitmap_page::SUMMARY_ENTRIES as u64) {
                 let bytes = vec![SUMMARY_CLEAN; bitmap_page::SUMMARY_ENTRIES];
                 let image = bitmap_page::encode_summary(volume.index, record as u8, block, &bytes);
-                images.push((place(layout.summary_block_offset(record, block)), image.to_vec()));
+                images.push((
+                    place(layout.summary_block_offset(record, block)),
+                    image.to_vec(),
+                ));
             }
         }
         if layout.undo_size > 0 {
@@ -197,16 +229,25 @@ pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateE
 }
 
 /// Reads and checks the superblock of one volume.
-fn read_superblock(meta: &mut dyn MetaSource, volume: VolumeIndex) -> Result<Superblock, AttachError> {
+fn read_superblock(
+    meta: &mut dyn MetaSource,
+    volume: VolumeIndex,
+) -> Result<Superblock, AttachError> {
     let mut slots = [[0u8; 4096]; 2];
     for (slot, bytes) in slots.iter_mut().enumerate() {
         meta.read(volume, slot as u64 * 4096, bytes)
-            .map_err(|error| AttachError::Read { volume: volume.0, error })?;
+            .map_err(|error| AttachError::Read {
+                volume: volume.0,
+                error,
+            })?;
     }
     // D16: the newer of the two that is whole; a newer version in either is refused.
     superblock::choose(&slots[0], &slots[1])
         .map(|(sb, _)| sb)
-        .map_err(|error| AttachError::Superblock { volume: volume.0, error: error.to_string() })
+        .map_err(|error| AttachError::Superblock {
+            volume: volume.0,
+            error: error.to_string(),
+        })
 }
 
 impl Core {
@@ -225,9 +266,14 @@ impl Core {
         let mut volumes = Vec::new();
         let mut lead: Option<Superblock> = None;
         for (index, v) in params.volumes.iter().enumerate() {
-            let mismatch = |problem: String| AttachError::Mismatch { volume: v.index.0, problem };
+            let mismatch = |problem: String| AttachError::Mismatch {
+                volume: v.index.0,
+                problem,
+            };
             if v.index.0 as usize != index {
-                return Err(mismatch("volumes are named in the order of their index".into()));
+                return Err(mismatch(
+                    "volumes are named in the order of their index".into(),
+                ));
             }
             let sb = read_superblock(meta, v.index)?;
             if sb.service != params.service || sb.volume_index != v.index {
@@ -279,7 +325,10 @@ impl Core {
             });
         }
         let Some(mut sb) = lead else {
-            return Err(AttachError::Mismatch { volume: 0, problem: "a service needs a volume".into() });
+            return Err(AttachError::Mismatch {
+                volume: 0,
+                problem: "a service needs a volume".into(),
+            });
         };
         let unclean = sb.flags.unclean;
         let mut peers = Vec::new();
@@ -290,16 +339,28 @@ impl Core {
                 .position(|r| r.in_use && r.node == p.node)
                 .or_else(|| sb.peers.iter().position(|r| !r.in_use));
             let Some(record) = record else {
-                return Err(AttachError::Mismatch { volume: 0, problem: "all 7 peer slots are taken".into() });
+                return Err(AttachError::Mismatch {
+                    volume: 0,
+                    problem: "all 7 peer slots are taken".into(),
+                });
             };
             if !sb.peers[record].in_use {
-                sb.peers[record] = PeerRecord { in_use: true, node: p.node, ..PeerRecord::default() };
+                sb.peers[record] = PeerRecord {
+                    in_use: true,
+                    node: p.node,
+                    ..PeerRecord::default()
+                };
             }
             sb.peers[record].slot = p.slot.0;
             sb.peers[record].mode = p.mode as u8;
             let mut bitmaps = Vec::new();
             for volume in &volumes {
-                bitmaps.push(load_bitmap(meta, volume, record, params.tuning.bitmap_pages)?);
+                bitmaps.push(load_bitmap(
+                    meta,
+                    volume,
+                    record,
+                    params.tuning.bitmap_pages,
+                )?);
             }
             peers.push(new_peer(p, record, bitmaps, now));
         }
@@ -392,7 +453,11 @@ impl Core {
             "attached {} time(s), {:?}, {} start, epoch {}, generation {}",
             self.sb.attach_counter,
             self.sb.state,
-            if self.unclean_start { "unclean" } else { "clean" },
+            if self.unclean_start {
+                "unclean"
+            } else {
+                "clean"
+            },
             self.sb.epoch_gate.number,
             self.generation()
         );
@@ -434,6 +499,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         was_primary: false,
         flushed: 0,
         ready_received: false,
+        ready_position: 0,
         bits_received: false,
         unacked_bytes: 0,
         queued_bytes: 0,
@@ -463,24 +529,39 @@ fn load_bitmap(
     max_pages: usize,
 ) -> Result<DirtyBitmap, AttachError> {
     let index = volume.superblock.volume_index;
-    let failed = |error| AttachError::Read { volume: index.0, error };
+    let failed = |error| AttachError::Read {
+        volume: index.0,
+        error,
+    };
     let mut bitmap = DirtyBitmap::new(volume.size, volume.grain_shift, max_pages);
     let pages = bitmap.page_count();
     let mut block_bytes = [0u8; 4096];
     for block in 0..pages.div_ceil(bitmap_page::SUMMARY_ENTRIES as u64) {
-        meta.read(index, volume.layout.summary_block_offset(record, block), &mut block_bytes).map_err(failed)?;
+        meta.read(
+            index,
+            volume.layout.summary_block_offset(record, block),
+            &mut block_bytes,
+        )
+        .map_err(failed)?;
         let summary = bitmap_page::decode_summary(&block_bytes, index, record as u8, block);
         let first = block * bitmap_page::SUMMARY_ENTRIES as u64;
         for page in first..(first + bitmap_page::SUMMARY_ENTRIES as u64).min(pages) {
             // A damaged summary says nothing, and that means everything (D7).
-            let state = summary.as_ref().map_or(SUMMARY_ALL_SET, |s| s[(page - first) as usize]);
+            let state = summary
+                .as_ref()
+                .map_or(SUMMARY_ALL_SET, |s| s[(page - first) as usize]);
             if state == SUMMARY_CLEAN {
                 continue;
             }
             let mut words = None;
             if state == SUMMARY_PARTIAL {
                 let mut bytes = [0u8; 4096];
-                meta.read(index, volume.layout.bitmap_page_offset(record, page), &mut bytes).map_err(failed)?;
+                meta.read(
+                    index,
+                    volume.layout.bitmap_page_offset(record, page),
+                    &mut bytes,
+                )
+                .map_err(failed)?;
                 words = bitmap_page::decode_page(&bytes, index, record as u8, page).ok();
             }
             bitmap.load(page, state, words.as_ref());
@@ -497,9 +578,16 @@ fn read_log(
     let mut blocks = Vec::new();
     for block in 0..sb.al_blocks {
         let mut bytes = vec![0u8; 4096];
-        meta.read(VolumeIndex(0), layout.activity_log_offset + u64::from(block) * 4096, &mut bytes)
-            .map_err(|error| AttachError::Read { volume: 0, error })?;
+        meta.read(
+            VolumeIndex(0),
+            layout.activity_log_offset + u64::from(block) * 4096,
+            &mut bytes,
+        )
+        .map_err(|error| AttachError::Read { volume: 0, error })?;
         blocks.push((block, bytes));
     }
-    Ok(ActivityLog::recover(sb.al_blocks, blocks.iter().map(|(i, b)| (*i, b.as_slice()))))
+    Ok(ActivityLog::recover(
+        sb.al_blocks,
+        blocks.iter().map(|(i, b)| (*i, b.as_slice())),
+    ))
 }

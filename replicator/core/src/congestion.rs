@@ -10,8 +10,12 @@ use holdfast_wire_format::metadata::*;
 impl Core {
     /// Lag of a copy in ms: the age of the oldest write it has not acknowledged.
     pub(crate) fn lag_ms(&self, at: usize) -> u64 {
-        let Some(position) = self.peers[at].oldest_unacked else { return 0 };
-        let Some(entry) = self.window.get(position) else { return 0 };
+        let Some(position) = self.peers[at].oldest_unacked else {
+            return 0;
+        };
+        let Some(entry) = self.window.get(position) else {
+            return 0;
+        };
         match self.ops.get(entry.op as usize) {
             Some(crate::op::Op::Client(op)) => self.now.ms_since(Time(op.issued_at)),
             _ => 0,
@@ -21,7 +25,8 @@ impl Core {
     fn over_bound(&self, at: usize) -> bool {
         let peer = &self.peers[at];
         let lag_bound = self.tuning.async_lag_ms;
-        peer.unacked_bytes > self.tuning.async_queue_bytes || (lag_bound > 0 && self.lag_ms(at) > lag_bound)
+        peer.unacked_bytes > self.tuning.async_queue_bytes
+            || (lag_bound > 0 && self.lag_ms(at) > lag_bound)
     }
 
     /// Whether new writes wait for an asynchronous copy.
@@ -29,7 +34,9 @@ impl Core {
         self.tuning.async_block
             && (0..self.peers.len()).any(|at| {
                 let peer = &self.peers[at];
-                peer.mode == Mode::Async && matches!(peer.relation, Relation::Established) && self.over_bound(at)
+                peer.mode == Mode::Async
+                    && matches!(peer.relation, Relation::Established)
+                    && self.over_bound(at)
             })
     }
 
@@ -67,14 +74,28 @@ impl Core {
         let slot = self.peers[at].slot;
         if self.peers[at].congested && self.peers[at].oldest_unacked.is_none() {
             self.peers[at].congested = false;
-            self.notice(Level::Info, "drained", Some(slot), "what was sent is acknowledged".into(), out);
+            self.notice(
+                Level::Info,
+                "drained",
+                Some(slot),
+                "what was sent is acknowledged".into(),
+                out,
+            );
             return self.meet_again(at, "an asynchronous copy returns from congestion", out);
         }
         self.release_held(out);
     }
 
-    pub(crate) fn drained(&mut self, slot: Slot, session: SessionId, bytes: u64, out: &mut Actions) {
-        let Some(at) = self.peer_index(slot) else { return };
+    pub(crate) fn drained(
+        &mut self,
+        slot: Slot,
+        session: SessionId,
+        bytes: u64,
+        out: &mut Actions,
+    ) {
+        let Some(at) = self.peer_index(slot) else {
+            return;
+        };
         if self.peers[at].on(session) {
             self.peers[at].queued_bytes = self.peers[at].queued_bytes.saturating_sub(bytes);
             self.pump_source(at, out);

@@ -12,20 +12,37 @@ use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 
 impl Core {
-    pub(crate) fn link_up(&mut self, slot: Slot, session: SessionId, path: &str, out: &mut Actions) {
-        let Some(at) = self.peer_index(slot) else { return };
+    pub(crate) fn link_up(
+        &mut self,
+        slot: Slot,
+        session: SessionId,
+        path: &str,
+        out: &mut Actions,
+    ) {
+        let Some(at) = self.peer_index(slot) else {
+            return;
+        };
         if self.peers[at].session.is_some() {
             // The link lost the old one and has not said so yet.
             self.session_ended(at, "a new connection replaced it", out);
         }
         if !self.peers[at].wanted || self.failed || self.role == Role::Detached {
             let (code, text) = (GoodbyeCode::Refused, "not connected by choice".to_owned());
-            return out.push(Action::Close { peer: slot, session, code, text, reconnect: false });
+            return out.push(Action::Close {
+                peer: slot,
+                session,
+                code,
+                text,
+                reconnect: false,
+            });
         }
         let now = self.now;
         let peer = &mut self.peers[at];
         peer.session = Some(session);
-        peer.relation = Relation::Greeting { sent: None, theirs: None };
+        peer.relation = Relation::Greeting {
+            sent: None,
+            theirs: None,
+        };
         peer.last_heard = now;
         peer.last_sent = now;
         peer.up_since = now;
@@ -38,7 +55,13 @@ impl Core {
         peer.is_primary = false;
         peer.source = SourceState::default();
         peer.target = TargetState::default();
-        self.notice(Level::Info, "link-up", Some(slot), format!("connected by {path}"), out);
+        self.notice(
+            Level::Info,
+            "link-up",
+            Some(slot),
+            format!("connected by {path}"),
+            out,
+        );
         self.greet(at, session, out);
     }
 
@@ -47,15 +70,21 @@ impl Core {
         if !self.peers[at].on(session) {
             return;
         }
-        let Relation::Greeting { sent: None, .. } = self.peers[at].relation else { return };
+        let Relation::Greeting { sent: None, .. } = self.peers[at].relation else {
+            return;
+        };
         if self.commit_pending() {
             return self.commit(Then::Greet { peer: at, session }, out);
         }
         // What an earlier session or role left in flight is finished first: facts are told when they are true.
-        if self.applying() || matches!(self.role, Role::Promoting | Role::Demoting) || self.dropping {
+        if self.applying() || matches!(self.role, Role::Promoting | Role::Demoting) || self.dropping
+        {
             return;
         }
-        self.peers[at].inbox = Inbox { session: session.0, ..Inbox::default() };
+        self.peers[at].inbox = Inbox {
+            session: session.0,
+            ..Inbox::default()
+        };
         let facts = self.facts(at);
         let hello = Hello::new(self.sb.node, self.slot, self.sb.service, facts.clone());
         if let Relation::Greeting { sent, .. } = &mut self.peers[at].relation {
@@ -79,7 +108,11 @@ impl Core {
             attach_counter: self.sb.attach_counter,
             incarnation: self.sb.incarnation,
             epoch: self.sb.epoch_gate,
-            state: if self.failed { CopyState::Failed } else { self.sb.state },
+            state: if self.failed {
+                CopyState::Failed
+            } else {
+                self.sb.state
+            },
             flags: CopyFlags {
                 unclean: self.unclean_start,
                 was_primary: self.was_primary_before || self.role == Role::Primary,
@@ -91,8 +124,8 @@ impl Core {
             on_peer_loss: self.sb.on_peer_loss,
             generations: self.sb.generations.clone(),
             generations_cut: self.sb.generations_cut,
-            position: self.held_position(),
-            issued: self.issued,
+            position: self.held_position().saturating_sub(self.sb.generation_base),
+            issued: self.issued.saturating_sub(self.sb.generation_base),
             target_of: self.sb.target_of,
             target_source: self.sb.target_source,
             before_resync: self.sb.before_resync,
@@ -129,9 +162,18 @@ impl Core {
         }
     }
 
-    pub(crate) fn hello(&mut self, at: usize, session: SessionId, hello: Box<Hello>, out: &mut Actions) {
+    pub(crate) fn hello(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        hello: Box<Hello>,
+        out: &mut Actions,
+    ) {
         let peer = &self.peers[at];
-        if hello.service != self.sb.service || hello.slot != peer.slot || hello.facts.slot != peer.slot {
+        if hello.service != self.sb.service
+            || hello.slot != peer.slot
+            || hello.facts.slot != peer.slot
+        {
             self.bad_frame(at, "the hello names another service or copy", out);
             return;
         }
@@ -159,7 +201,11 @@ impl Core {
     }
 
     fn decide_if_met(&mut self, at: usize, out: &mut Actions) {
-        let Relation::Greeting { sent: Some(mine), theirs: Some(theirs) } = self.peers[at].relation.clone() else {
+        let Relation::Greeting {
+            sent: Some(mine),
+            theirs: Some(theirs),
+        } = self.peers[at].relation.clone()
+        else {
             return;
         };
         if self.facts_changed(at, &mine) {
@@ -169,7 +215,13 @@ impl Core {
         let theirs = theirs.facts;
         let decision = handshake::decide(&mine, &theirs, None);
         self.peers[at].handshake = format!("{:?}: {}", decision.row, decision.why);
-        self.notice(Level::Info, "handshake", Some(slot), self.peers[at].handshake.clone(), out);
+        self.notice(
+            Level::Info,
+            "handshake",
+            Some(slot),
+            self.peers[at].handshake.clone(),
+            out,
+        );
         self.adopt_facts(at, &mine, &theirs, out);
         if self.peers[at].session.is_none() {
             return;
@@ -224,12 +276,18 @@ impl Core {
         // Two copies that both follow a third, live primary leave each other alone.
         if !theirs.is_primary && !self.is_primary_like() && self.follows_third(at) {
             self.peers[at].relation = Relation::Agreeing;
-            return self.send_body(at, FrameKind::Ready, Body::Empty, out);
+            self.send_body(at, FrameKind::Ready, Body::Empty, out);
+            if self.peers[at].ready_received {
+                self.agreed(at, out);
+            }
+            return;
         }
         match decision.outcome {
             Outcome::Nothing => {
                 self.peers[at].relation = Relation::Agreeing;
-                self.send_body(at, FrameKind::Ready, Body::Empty, out);
+                let mut header = self.header(FrameKind::Ready);
+                header.position = self.issued;
+                self.send(at, header, Payload::None, out);
                 if self.peers[at].ready_received {
                     self.agreed(at, out);
                 }
@@ -242,15 +300,33 @@ impl Core {
                 }
             }
             Outcome::SplitBrain { .. } => {
-                self.notice(Level::Error, "split-brain", Some(slot), decision.why.clone(), out);
+                self.notice(
+                    Level::Error,
+                    "split-brain",
+                    Some(slot),
+                    decision.why.clone(),
+                    out,
+                );
                 self.close(at, GoodbyeCode::SplitBrain, &decision.why, false, out);
             }
             Outcome::WaitForThird => {
-                self.notice(Level::Warning, "waiting", Some(slot), decision.why.clone(), out);
+                self.notice(
+                    Level::Warning,
+                    "waiting",
+                    Some(slot),
+                    decision.why.clone(),
+                    out,
+                );
                 self.close(at, GoodbyeCode::Refused, &decision.why, true, out);
             }
             _ => {
-                self.notice(Level::Error, "refused", Some(slot), decision.why.clone(), out);
+                self.notice(
+                    Level::Error,
+                    "refused",
+                    Some(slot),
+                    decision.why.clone(),
+                    out,
+                );
                 self.close(at, GoodbyeCode::Refused, &decision.why, false, out);
             }
         }
@@ -262,7 +338,9 @@ impl Core {
 
     fn follows_third(&self, at: usize) -> bool {
         self.peers.iter().enumerate().any(|(other, p)| {
-            other != at && p.is_primary && matches!(p.relation, Relation::Target | Relation::Established)
+            other != at
+                && p.is_primary
+                && matches!(p.relation, Relation::Target | Relation::Established)
         })
     }
 
@@ -275,15 +353,33 @@ impl Core {
             return self.meet_again(at, "writes came during the greeting", out);
         }
         self.peers[at].relation = Relation::Established;
-        self.peers[at].flushed = self.issued;
         self.remember_identity(at);
+        if self.sb.state == CopyState::Blank && self.sb.flags.zeroed && !follows_third {
+            // Row 3: both read zero everywhere since one create.
+            self.sb.state = CopyState::UpToDate;
+            self.peers[at].their_state = Some(CopyState::UpToDate);
+        }
+        if self.peers[at].is_primary {
+            // Its count of positions is ours from here on; both are at the same place.
+            let relative = self.issued.saturating_sub(self.sb.generation_base);
+            self.issued = self.peers[at].ready_position;
+            self.sb.generation_base = self.issued.saturating_sub(relative);
+            self.local_flushed = self.issued;
+        }
+        self.peers[at].flushed = self.issued;
         if !follows_third {
             let (record, generation) = (self.peers[at].record, self.generation());
             self.sb.peers[record].bitmap_base = generation;
             self.sb.peers[record].full_copy = false;
         }
         self.commit(Then::Nothing, out);
-        self.notice(Level::Info, "established", Some(slot), "both copies agree".into(), out);
+        self.notice(
+            Level::Info,
+            "established",
+            Some(slot),
+            "both copies agree".into(),
+            out,
+        );
         if follows_third {
             return;
         }
@@ -313,8 +409,15 @@ impl Core {
         self.slot < peer.slot
     }
 
-    pub(crate) fn ready(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+    pub(crate) fn ready(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        position: Position,
+        out: &mut Actions,
+    ) {
         self.peers[at].ready_received = true;
+        self.peers[at].ready_position = position;
         match self.peers[at].relation {
             Relation::Agreeing => self.agreed(at, out),
             Relation::SourceWaiting => self.source_ready(at, session, out),
@@ -339,7 +442,9 @@ impl Core {
 
     fn become_target(&mut self, at: usize, theirs: &Facts, plan: &CopyPlan, out: &mut Actions) {
         let how = plan.how;
-        let Some(session) = self.peers[at].session else { return };
+        let Some(session) = self.peers[at].session else {
+            return;
+        };
         if self.is_primary_like() {
             self.stop_being_primary(out);
         }
@@ -348,14 +453,20 @@ impl Core {
         let fresh = self.sb.target_of == GenerationId(0);
         if fresh {
             // Where rollback returns to: what this copy was before the first block of this resync (D12).
-            self.sb.before_resync = (self.generation(), self.held_position());
+            let position = self.held_position().saturating_sub(self.sb.generation_base);
+            self.sb.before_resync = (self.generation(), position);
         }
-        let initial = matches!(self.sb.state, CopyState::Blank) || matches!(how, How::Full | How::FullByChecksum);
+        let initial = matches!(self.sb.state, CopyState::Blank)
+            || matches!(how, How::Full | How::FullByChecksum);
         self.sb.state = CopyState::Inconsistent;
         self.sb.target_of = source_generation;
         self.sb.target_source = slot.0;
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
         self.sb.flags.solo = false;
+        // What was unclean is settled by being a target.
+        self.unclean_start = false;
+        self.was_primary_before = false;
+        self.sb.flags.was_primary = false;
         self.remember_identity(at);
         self.peers[at].relation = Relation::TargetPreparing;
         self.peers[at].full_copy = matches!(how, How::Full | How::FullByChecksum);
@@ -368,7 +479,9 @@ impl Core {
     }
 
     pub(crate) fn target_recorded(&mut self, at: usize, session: SessionId, out: &mut Actions) {
-        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::TargetPreparing) {
+        if !self.peers[at].on(session)
+            || !matches!(self.peers[at].relation, Relation::TargetPreparing)
+        {
             return;
         }
         if !self.undo_ready() {
@@ -377,7 +490,10 @@ impl Core {
         let now = self.now;
         let slot = self.peers[at].slot;
         self.peers[at].relation = Relation::Target;
-        self.peers[at].target = TargetState { started: now, ..TargetState::default() };
+        self.peers[at].target = TargetState {
+            started: now,
+            ..TargetState::default()
+        };
         // Our bits toward the source: what it may lack of ours is what we must take of its (row: "both sides' bits").
         for volume in 0..self.volumes.len() {
             let grain_shift = self.volumes[volume].grain_shift;
@@ -390,7 +506,12 @@ impl Core {
                 })
                 .collect();
             for (page, words) in pages {
-                let body = Body::Bitmap { volume: VolumeIndex(volume as u16), page, grain_shift, words };
+                let body = Body::Bitmap {
+                    volume: VolumeIndex(volume as u16),
+                    page,
+                    grain_shift,
+                    words,
+                };
                 self.send_body(at, FrameKind::Bitmap, body, out);
             }
         }
@@ -400,7 +521,8 @@ impl Core {
             Level::Warning,
             "resync-target",
             Some(slot),
-            "receiving what this copy lacks; it cannot be promoted without force until that ends".into(),
+            "receiving what this copy lacks; it cannot be promoted without force until that ends"
+                .into(),
             out,
         );
     }
@@ -434,7 +556,10 @@ impl Core {
         words: &[u64],
         out: &mut Actions,
     ) {
-        let in_turn = matches!(self.peers[at].relation, Relation::SourceWaiting | Relation::Greeting { .. });
+        let in_turn = matches!(
+            self.peers[at].relation,
+            Relation::SourceWaiting | Relation::Greeting { .. }
+        );
         let Some(bitmap) = self.peers[at].bitmaps.get_mut(volume.0 as usize) else {
             self.bad_frame(at, "bits of a volume that is not there", out);
             return;
@@ -463,8 +588,32 @@ impl Core {
         let slot = self.peers[at].slot;
         self.peers[at].relation = Relation::SourceStarting;
         self.remember_identity(at);
-        let in_s = self.sb.in_sync.union(self.sb.in_sync_pending).contains(slot);
-        if in_s {
+        let in_s = self
+            .sb
+            .in_sync
+            .union(self.sb.in_sync_pending)
+            .contains(slot);
+        if in_s && self.is_primary_like() {
+            // The new generation's fork position is a promise: flush first.
+            return self.flush_locally(FlushFor::DropTarget { peer: at, session }, out);
+        }
+        self.drop_target(at, session, out);
+    }
+
+    /// S without the copy that became a target.
+    pub(crate) fn drop_target(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        if !self.peers[at].on(session)
+            || !matches!(self.peers[at].relation, Relation::SourceStarting)
+        {
+            return;
+        }
+        let slot = self.peers[at].slot;
+        if self
+            .sb
+            .in_sync
+            .union(self.sb.in_sync_pending)
+            .contains(slot)
+        {
             // It durably knows that it is a target, so it will not be promoted unasked: leaving S is safe.
             self.sb.in_sync = self.sb.in_sync.without(slot);
             self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
@@ -479,7 +628,9 @@ impl Core {
     }
 
     pub(crate) fn source_recorded(&mut self, at: usize, session: SessionId, out: &mut Actions) {
-        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::SourceStarting) {
+        if !self.peers[at].on(session)
+            || !matches!(self.peers[at].relation, Relation::SourceStarting)
+        {
             return;
         }
         let slot = self.peers[at].slot;
@@ -501,8 +652,16 @@ impl Core {
 
     // --- the end of a session ---
 
-    pub(crate) fn link_down(&mut self, slot: Slot, session: SessionId, reason: &str, out: &mut Actions) {
-        let Some(at) = self.peer_index(slot) else { return };
+    pub(crate) fn link_down(
+        &mut self,
+        slot: Slot,
+        session: SessionId,
+        reason: &str,
+        out: &mut Actions,
+    ) {
+        let Some(at) = self.peer_index(slot) else {
+            return;
+        };
         if self.peers[at].on(session) {
             self.session_ended(at, reason, out);
         }
@@ -510,10 +669,28 @@ impl Core {
 
     pub(crate) fn goodbye(&mut self, at: usize, code: GoodbyeCode, text: &str, out: &mut Actions) {
         let slot = self.peers[at].slot;
-        let reconnect = matches!(code, GoodbyeCode::Again | GoodbyeCode::OldEpoch | GoodbyeCode::BadFrame | GoodbyeCode::Shutdown);
-        let level = if reconnect { Level::Info } else { Level::Warning };
-        self.notice(level, "goodbye", Some(slot), format!("the peer closed ({code:?}): {text}"), out);
-        let Some(session) = self.peers[at].session else { return };
+        let reconnect = matches!(
+            code,
+            GoodbyeCode::Again
+                | GoodbyeCode::OldEpoch
+                | GoodbyeCode::BadFrame
+                | GoodbyeCode::Shutdown
+        );
+        let level = if reconnect {
+            Level::Info
+        } else {
+            Level::Warning
+        };
+        self.notice(
+            level,
+            "goodbye",
+            Some(slot),
+            format!("the peer closed ({code:?}): {text}"),
+            out,
+        );
+        let Some(session) = self.peers[at].session else {
+            return;
+        };
         out.push(Action::Close {
             peer: slot,
             session,
@@ -523,7 +700,10 @@ impl Core {
         });
         self.session_ended(at, text, out);
         self.peers[at].last_error = text.to_owned();
-        if matches!(code, GoodbyeCode::SplitBrain | GoodbyeCode::Unrelated | GoodbyeCode::Refused) {
+        if matches!(
+            code,
+            GoodbyeCode::SplitBrain | GoodbyeCode::Unrelated | GoodbyeCode::Refused
+        ) {
             self.peers[at].relation = Relation::Refused;
         }
     }
@@ -536,7 +716,13 @@ impl Core {
         self.peers[at].session = None;
         self.peers[at].relation = Relation::Down;
         self.peers[at].last_error = reason.to_owned();
-        self.notice(Level::Warning, "link-down", Some(slot), format!("link lost: {reason}"), out);
+        self.notice(
+            Level::Warning,
+            "link-down",
+            Some(slot),
+            format!("link lost: {reason}"),
+            out,
+        );
         self.peers[at].inbox.orphan = true;
         self.peers[at].was_primary = was_primary;
         let follower = was_primary && matches!(relation, Relation::Established);
@@ -544,7 +730,10 @@ impl Core {
             // A target in the middle: the source still has bits for all of it.
             self.drop_inbox(at, out);
         }
-        let mirrored = matches!(relation, Relation::Established | Relation::Joining { .. } | Relation::Source);
+        let mirrored = matches!(
+            relation,
+            Relation::Established | Relation::Joining { .. } | Relation::Source
+        );
         if mirrored && !was_primary {
             self.unstable_becomes_bits(at);
         }
@@ -555,7 +744,12 @@ impl Core {
             self.join_abandoned(at, out);
         }
         // Legs in flight to it are bits now.
-        let keys: Vec<u32> = self.window.iter().map(|e| e.op).filter(|op| *op != NO_OP).collect();
+        let keys: Vec<u32> = self
+            .window
+            .iter()
+            .map(|e| e.op)
+            .filter(|op| *op != NO_OP)
+            .collect();
         for key in keys {
             if let Some(Op::Client(op)) = self.ops.get_mut(key as usize) {
                 let leg = &mut op.legs[slot.0 as usize];
@@ -584,11 +778,15 @@ impl Core {
             return;
         }
         // Async copies stop at the last stable position they were told: the rest is not theirs to apply.
-        if self.peers[at].inbox.begun.iter().all(|b| b.2) && !self.peers[at].inbox.queue.is_empty() {
+        if self.peers[at].inbox.begun.iter().all(|b| b.2) && !self.peers[at].inbox.queue.is_empty()
+        {
             self.drop_inbox(at, out);
         }
         let slot = self.peers[at].slot;
-        let open = self.ops.iter().any(|(_, op)| matches!(op, Op::Apply(op) if op.peer == slot));
+        let open = self
+            .ops
+            .iter()
+            .any(|(_, op)| matches!(op, Op::Apply(op) if op.peer == slot));
         if open || !self.peers[at].inbox.queue.is_empty() {
             return;
         }
@@ -628,7 +826,12 @@ impl Core {
     /// copies outside S may lack becomes bits toward them (D7, and "every promotable copy tracks").
     fn primary_gone(&mut self, at: usize, _out: &mut Actions) {
         let stable = self.peers[at].inbox.stable;
-        let entries: Vec<Entry> = self.window.iter().filter(|e| e.length > 0).copied().collect();
+        let entries: Vec<Entry> = self
+            .window
+            .iter()
+            .filter(|e| e.length > 0)
+            .copied()
+            .collect();
         for entry in &entries {
             for peer in 0..self.peers.len() {
                 if peer != at || entry.position > stable {

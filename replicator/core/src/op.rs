@@ -21,8 +21,14 @@ pub(crate) enum Leg {
 /// What an operation writes.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub(crate) enum Data {
-    Buf { buf: BufId, crc: u32, crc_known: bool },
-    Zero { unmap: bool },
+    Buf {
+        buf: BufId,
+        crc: u32,
+        crc_known: bool,
+    },
+    Zero {
+        unmap: bool,
+    },
     Flush,
 }
 
@@ -86,36 +92,82 @@ pub(crate) enum ApplyKind {
     Write,
     Resync,
     /// Read and compare with the digest.
-    Verify { sequence: u64, digest: u128 },
+    Verify {
+        sequence: u64,
+        digest: u128,
+    },
 }
 
 /// Everything the core waits for a disk for. The key in the slab is the `OpId`.
 #[derive(Clone, Debug)]
 pub(crate) enum Op {
-    Read { request: RequestId, buf: BufId },
+    Read {
+        request: RequestId,
+        buf: BufId,
+    },
     Client(ClientOp),
-    Lock { request: RequestId, volume: VolumeIndex, granted: bool },
+    Lock {
+        request: RequestId,
+        volume: VolumeIndex,
+        granted: bool,
+    },
     Apply(ApplyOp),
     /// One local flush of one volume, part of flush round `round`.
-    LocalFlush { round: u64 },
+    LocalFlush {
+        round: u64,
+    },
     /// Source side of a resync: reading a chunk.
-    ResyncRead { peer: Slot, session: u64, chunk: u64 },
+    ResyncRead {
+        peer: Slot,
+        session: u64,
+        chunk: u64,
+    },
     /// Source side of a verify.
-    VerifyRead { peer: Slot, session: u64, sequence: u64 },
-    Superblock { sequence: u64, volume: VolumeIndex },
-    ActivityLog { sequence: u64 },
-    BitmapPage { peer: usize, volume: usize, page: u64 },
-    BitmapSummary { peer: usize, volume: usize, block: u64 },
-    Undo { step: UndoStep },
+    VerifyRead {
+        peer: Slot,
+        session: u64,
+        sequence: u64,
+    },
+    Superblock {
+        sequence: u64,
+        volume: VolumeIndex,
+    },
+    ActivityLog {
+        sequence: u64,
+    },
+    BitmapPage {
+        peer: usize,
+        volume: usize,
+        page: u64,
+    },
+    BitmapSummary {
+        peer: usize,
+        volume: usize,
+        block: u64,
+    },
+    Undo {
+        step: UndoStep,
+    },
 }
 
 /// What a step of saving or restoring old blocks is for.
 #[derive(Clone, Debug)]
 pub(crate) enum UndoStep {
     Head,
-    ReadOld { apply: usize, buf: BufId },
-    WriteRecord { batch: u64 },
-    Rollback { volume: VolumeIndex, offset: u64, length: u32, buf: BufId, write: bool },
+    ReadOld {
+        apply: usize,
+        buf: BufId,
+    },
+    WriteRecord {
+        batch: u64,
+    },
+    Rollback {
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+        buf: BufId,
+        write: bool,
+    },
 }
 
 /// One write that may not be stable everywhere yet.
@@ -154,7 +206,11 @@ impl Window {
         let first = self.entries.front()?.position;
         // Dense at the primary: the guess is right almost always.
         let guess = usize::try_from(position.checked_sub(first)?).ok()?;
-        if self.entries.get(guess).is_some_and(|e| e.position == position) {
+        if self
+            .entries
+            .get(guess)
+            .is_some_and(|e| e.position == position)
+        {
             return Some(guess);
         }
         let at = self.entries.partition_point(|e| e.position < position);
@@ -190,7 +246,10 @@ impl Window {
     }
     /// All up to here are done on this copy's disk; `last` if everything is.
     pub fn local_done_through(&self, last: Position) -> Position {
-        self.entries.iter().find(|e| !e.local_done).map_or(last, |e| e.position - 1)
+        self.entries
+            .iter()
+            .find(|e| !e.local_done)
+            .map_or(last, |e| e.position - 1)
     }
     pub fn bytes(&self) -> u64 {
         self.bytes

@@ -12,7 +12,10 @@ use std::collections::VecDeque;
 pub(crate) enum Relation {
     Down,
     /// Waiting for a superblock commit before our facts can be told, then for theirs.
-    Greeting { sent: Option<Box<Facts>>, theirs: Option<Box<Hello>> },
+    Greeting {
+        sent: Option<Box<Facts>>,
+        theirs: Option<Box<Hello>>,
+    },
     /// Nothing to copy: waiting for the other's `Ready`.
     Agreeing,
     /// Recording durably that we are a target.
@@ -24,7 +27,10 @@ pub(crate) enum Relation {
     SourceStarting,
     Source,
     /// The target is Complete; everything up to `through` must be acknowledged, then S is committed with it.
-    Joining { through: Position, committing: bool },
+    Joining {
+        through: Position,
+        committing: bool,
+    },
     Established,
     /// The meeting ended without agreement.
     Refused,
@@ -101,8 +107,9 @@ pub(crate) struct TargetState {
     pub total_bytes: u64,
     pub acks: Vec<(u64, u64)>,
     pub started: Time,
-    /// Where the source was when it said ResyncDone.
+    /// Where the source was when it said ResyncDone, and where its generation begins.
     pub done_position: Position,
+    pub generation_base: Option<Position>,
 }
 
 /// A run of the online comparison.
@@ -135,8 +142,13 @@ pub(crate) struct VerifyChunk {
 pub(crate) enum Received {
     /// Slab key of an `ApplyOp`.
     Apply(usize),
-    Flush { position: Position, dependency: Position },
-    ResyncDone { position: Position },
+    Flush {
+        position: Position,
+        dependency: Position,
+    },
+    ResyncDone {
+        position: Position,
+    },
 }
 
 /// The receiving side of a session: what came, in stream order.
@@ -167,7 +179,10 @@ pub(crate) struct Inbox {
 impl Inbox {
     /// All received positions up to here are on this copy's disk.
     pub fn applied_through(&self) -> Position {
-        self.begun.iter().find(|b| !b.2 && b.1 > 0).map_or(Position::MAX, |b| b.1 - 1)
+        self.begun
+            .iter()
+            .find(|b| !b.2 && b.1 > 0)
+            .map_or(Position::MAX, |b| b.1 - 1)
     }
 }
 
@@ -199,6 +214,8 @@ pub(crate) struct Peer {
     /// Flush-acknowledged through here in the present session.
     pub flushed: Position,
     pub ready_received: bool,
+    /// Where the other side's count of positions stood with its `Ready`.
+    pub ready_position: Position,
     pub bits_received: bool,
     pub unacked_bytes: u64,
     /// Bytes given to the link and not yet drained.

@@ -21,7 +21,11 @@ impl Core {
         let Some(at) = self.frame_peer(slot, session, header, out) else {
             return out.push(Action::ReleaseBuf { buf });
         };
-        let data = Data::Buf { buf, crc: header.payload_crc, crc_known: true };
+        let data = Data::Buf {
+            buf,
+            crc: header.payload_crc,
+            crc_known: true,
+        };
         let accepted = match header.kind {
             FrameKind::Write => self.receive_write(at, header, data, out),
             FrameKind::ResyncData => self.receive_resync(at, header, data, out),
@@ -41,17 +45,36 @@ impl Core {
         body: Body,
         out: &mut Actions,
     ) {
-        let Some(at) = self.frame_peer(slot, session, header, out) else { return };
+        let Some(at) = self.frame_peer(slot, session, header, out) else {
+            return;
+        };
         match (header.kind, body) {
             (FrameKind::Hello, Body::Hello(hello)) => self.hello(at, session, hello, out),
-            (FrameKind::Bitmap, Body::Bitmap { volume, page, grain_shift, words }) => {
+            (
+                FrameKind::Bitmap,
+                Body::Bitmap {
+                    volume,
+                    page,
+                    grain_shift,
+                    words,
+                },
+            ) => {
                 self.receive_bits(at, volume, page, grain_shift, &words, out);
             }
             (FrameKind::BitmapEnd, _) => self.bits_complete(at, session, out),
-            (FrameKind::Ready, _) => self.ready(at, session, out),
-            (FrameKind::Goodbye, Body::Goodbye { code, text }) => self.goodbye(at, code, &text, out),
+            (FrameKind::Ready, _) => self.ready(at, session, header.position, out),
+            (FrameKind::Goodbye, Body::Goodbye { code, text }) => {
+                self.goodbye(at, code, &text, out)
+            }
             (FrameKind::Zero, _) => {
-                self.receive_write(at, header, Data::Zero { unmap: header.flags.unmap }, out);
+                self.receive_write(
+                    at,
+                    header,
+                    Data::Zero {
+                        unmap: header.flags.unmap,
+                    },
+                    out,
+                );
             }
             (FrameKind::ResyncZero, _) => {
                 self.receive_resync(at, header, Data::Zero { unmap: true }, out);
@@ -66,7 +89,13 @@ impl Core {
                 self.after_acks(at, out);
             }
             (FrameKind::ReceivedAck, _) => self.received_ack(at, header.position, out),
-            (FrameKind::FlushAck, Body::FlushAck { position, resync_sequence }) => {
+            (
+                FrameKind::FlushAck,
+                Body::FlushAck {
+                    position,
+                    resync_sequence,
+                },
+            ) => {
                 self.flush_ack(at, session, position, resync_sequence, out);
             }
             (FrameKind::Heartbeat, _) => {
@@ -77,14 +106,23 @@ impl Core {
             }
             (FrameKind::ResyncAck, Body::Acks { runs }) => self.resync_ack(at, session, &runs, out),
             (FrameKind::ResyncDone, Body::ResyncDone { position }) => {
-                self.resync_done_received(at, position, out);
+                self.resync_done_received(at, position, header.dependency, out);
             }
             (FrameKind::CompleteAck, _) => self.complete_ack(at, session, out),
-            (FrameKind::InSync, Body::InSync { set, version }) => self.in_sync_told(at, set, version, out),
+            (FrameKind::InSync, Body::InSync { set, version }) => {
+                self.in_sync_told(at, set, version, out)
+            }
             (FrameKind::PromoteRequest, Body::PromoteRequest { epoch }) => {
                 self.promote_request(at, session, epoch, out);
             }
-            (FrameKind::PromoteReply, Body::PromoteReply { epoch, accepted, reason }) => {
+            (
+                FrameKind::PromoteReply,
+                Body::PromoteReply {
+                    epoch,
+                    accepted,
+                    reason,
+                },
+            ) => {
                 self.promote_reply(at, epoch, accepted, &reason, out);
             }
             (FrameKind::NewGeneration, Body::NewGeneration { generation }) => {
@@ -97,7 +135,14 @@ impl Core {
             (FrameKind::VerifyRequest, Body::Verify { sequence, digest }) => {
                 self.verify_request(at, header, sequence, digest, out);
             }
-            (FrameKind::VerifyReply, Body::VerifyReply { sequence, equal, failed }) => {
+            (
+                FrameKind::VerifyReply,
+                Body::VerifyReply {
+                    sequence,
+                    equal,
+                    failed,
+                },
+            ) => {
                 self.verify_reply(at, session, sequence, equal, failed, out);
             }
             (FrameKind::Grow, Body::Grow { size }) => self.peer_grew(at, header.volume, size, out),
@@ -181,12 +226,21 @@ impl Core {
             header.length > 0
                 && header.offset % sector == 0
                 && u64::from(header.length) % sector == 0
-                && header.offset.checked_add(u64::from(header.length)).is_some_and(|end| end <= v.size)
+                && header
+                    .offset
+                    .checked_add(u64::from(header.length))
+                    .is_some_and(|end| end <= v.size)
         })
     }
 
     /// A write or zero in the order of the service.
-    fn receive_write(&mut self, at: usize, header: &FrameHeader, data: Data, out: &mut Actions) -> bool {
+    fn receive_write(
+        &mut self,
+        at: usize,
+        header: &FrameHeader,
+        data: Data,
+        out: &mut Actions,
+    ) -> bool {
         let peer = &self.peers[at];
         if !peer.is_primary || !matches!(peer.relation, Relation::Target | Relation::Established) {
             let text = format!("a write came while {}", peer.relation.name());
@@ -212,7 +266,9 @@ impl Core {
         let peer = &mut self.peers[at];
         peer.inbox.last_position = header.position;
         peer.inbox.received_ack = peer.their_mode == Mode::SemiSync;
-        if peer.inbox.queued_bytes + u64::from(header.length) > self.tuning.receive_bytes && async_copy {
+        if peer.inbox.queued_bytes + u64::from(header.length) > self.tuning.receive_bytes
+            && async_copy
+        {
             // Room for more comes when the primary says more is stable.
             peer.wants_stable = true;
         }
@@ -221,7 +277,13 @@ impl Core {
         true
     }
 
-    pub(crate) fn receive_resync(&mut self, at: usize, header: &FrameHeader, data: Data, out: &mut Actions) -> bool {
+    pub(crate) fn receive_resync(
+        &mut self,
+        at: usize,
+        header: &FrameHeader,
+        data: Data,
+        out: &mut Actions,
+    ) -> bool {
         if !matches!(self.peers[at].relation, Relation::Target) {
             let text = format!("resync data came while {}", self.peers[at].relation.name());
             return self.bad_frame(at, &text, out);
@@ -290,13 +352,18 @@ impl Core {
     pub(crate) fn pump_inbox(&mut self, at: usize, out: &mut Actions) {
         loop {
             let peer = &self.peers[at];
-            let Some(front) = peer.inbox.queue.front().copied() else { break };
+            let Some(front) = peer.inbox.queue.front().copied() else {
+                break;
+            };
             let applied = peer.inbox.applied_through();
             let stable = peer.inbox.stable;
-            let waits_for_stable = peer.their_mode == Mode::Async && matches!(peer.relation, Relation::Established);
+            let waits_for_stable =
+                peer.their_mode == Mode::Async && matches!(peer.relation, Relation::Established);
             match front {
                 Received::Apply(key) => {
-                    let Some(Op::Apply(op)) = self.ops.get(key) else { break };
+                    let Some(Op::Apply(op)) = self.ops.get(key) else {
+                        break;
+                    };
                     if op.kind == ApplyKind::Write {
                         // Async copies never run ahead of what every member of S has durably.
                         if waits_for_stable && op.position > stable {
@@ -310,7 +377,10 @@ impl Core {
                     self.peers[at].inbox.queue.pop_front();
                     self.begin_apply(at, key, out);
                 }
-                Received::Flush { position, dependency } => {
+                Received::Flush {
+                    position,
+                    dependency,
+                } => {
                     if dependency > applied {
                         break;
                     }
@@ -321,7 +391,10 @@ impl Core {
                     inbox.next_ticket += 1;
                     inbox.begun.push_back((ticket, position, false));
                     let sequence = self.peers[at].target.begun_sequence;
-                    self.peers[at].inbox.pending_flushes.push((ticket, position, sequence));
+                    self.peers[at]
+                        .inbox
+                        .pending_flushes
+                        .push((ticket, position, sequence));
                     self.start_peer_flushes(at, out);
                 }
                 Received::ResyncDone { position } => {
@@ -343,7 +416,9 @@ impl Core {
         let inbox = &mut self.peers[at].inbox;
         let ticket = inbox.next_ticket;
         inbox.next_ticket += 1;
-        let Some(Op::Apply(op)) = self.ops.get_mut(key) else { return };
+        let Some(Op::Apply(op)) = self.ops.get_mut(key) else {
+            return;
+        };
         op.ticket = ticket;
         op.in_overlap = true;
         let in_order = op.kind == ApplyKind::Write;
@@ -377,9 +452,14 @@ impl Core {
 
     /// The overlap order let it through; now the activity log (D6).
     pub(crate) fn apply_ordered(&mut self, key: usize, out: &mut Actions) {
-        let Some(Op::Apply(op)) = self.ops.get(key) else { return };
-        let (volume, offset, length, kind, slot) = (op.volume, op.offset, op.length, op.kind, op.peer);
-        let async_copy = self.peer_index(slot).is_some_and(|at| self.peers[at].their_mode == Mode::Async);
+        let Some(Op::Apply(op)) = self.ops.get(key) else {
+            return;
+        };
+        let (volume, offset, length, kind, slot) =
+            (op.volume, op.offset, op.length, op.kind, op.peer);
+        let async_copy = self
+            .peer_index(slot)
+            .is_some_and(|at| self.peers[at].their_mode == Mode::Async);
         if kind != ApplyKind::Write || async_copy {
             return self.apply_logged_or_free(key, false, out);
         }
@@ -396,7 +476,9 @@ impl Core {
     }
 
     fn apply_logged_or_free(&mut self, key: usize, holds: bool, out: &mut Actions) {
-        let Some(Op::Apply(op)) = self.ops.get_mut(key) else { return };
+        let Some(Op::Apply(op)) = self.ops.get_mut(key) else {
+            return;
+        };
         op.holds_log = holds && self.tuning.activity_log;
         let (position, holds_log) = (op.position, op.holds_log);
         if holds_log && let Some(entry) = self.window.get_mut(position) {
@@ -418,31 +500,63 @@ impl Core {
     }
 
     pub(crate) fn submit_apply(&mut self, key: usize, out: &mut Actions) {
-        let Some(Op::Apply(op)) = self.ops.get(key) else { return };
+        let Some(Op::Apply(op)) = self.ops.get(key) else {
+            return;
+        };
         let id = OpId(key as u64);
         let (volume, offset, length, fua) = (op.volume, op.offset, op.length, op.fua);
         match (op.kind, op.data) {
             (ApplyKind::Verify { .. }, Data::Buf { buf, .. }) => {
-                out.push(Action::DiskRead { op: id, volume, offset, length: length as u32, buf });
+                out.push(Action::DiskRead {
+                    op: id,
+                    volume,
+                    offset,
+                    length: length as u32,
+                    buf,
+                });
             }
             (_, Data::Buf { buf, .. }) => {
                 self.volumes[volume.0 as usize].unflushed = true;
-                out.push(Action::DiskWrite { op: id, volume, offset, length: length as u32, buf, fua });
+                out.push(Action::DiskWrite {
+                    op: id,
+                    volume,
+                    offset,
+                    length: length as u32,
+                    buf,
+                    fua,
+                });
             }
             (_, Data::Zero { unmap }) => {
                 self.volumes[volume.0 as usize].unflushed = true;
-                out.push(Action::DiskZero { op: id, volume, offset, length, unmap, fua });
+                out.push(Action::DiskZero {
+                    op: id,
+                    volume,
+                    offset,
+                    length,
+                    unmap,
+                    fua,
+                });
             }
             (_, Data::Flush) => {}
         }
     }
 
-    pub(crate) fn apply_disk_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+    pub(crate) fn apply_disk_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
         if let Some(Op::Apply(op)) = self.ops.get(key)
-            && let (ApplyKind::Verify { .. }, Data::Buf { buf, .. }, Ok(())) = (op.kind, op.data, result)
+            && let (ApplyKind::Verify { .. }, Data::Buf { buf, .. }, Ok(())) =
+                (op.kind, op.data, result)
         {
             let length = op.length as u32;
-            return out.push(Action::Hash { op: OpId(key as u64), buf, length });
+            return out.push(Action::Hash {
+                op: OpId(key as u64),
+                buf,
+                length,
+            });
         }
         self.apply_finished(key, result, None, out);
     }
@@ -455,7 +569,9 @@ impl Core {
         digest: Option<u128>,
         out: &mut Actions,
     ) {
-        let Some(Op::Apply(op)) = self.ops.get(key).cloned() else { return };
+        let Some(Op::Apply(op)) = self.ops.get(key).cloned() else {
+            return;
+        };
         if let Data::Buf { buf, .. } = op.data {
             out.push(Action::ReleaseBuf { buf });
         }
@@ -470,7 +586,9 @@ impl Core {
         {
             entry.local_done = true;
         }
-        let Some(at) = self.peer_index(op.peer) else { return };
+        let Some(at) = self.peer_index(op.peer) else {
+            return;
+        };
         let peer = &mut self.peers[at];
         if peer.inbox.session == op.session {
             finish_ticket(&mut peer.inbox, op.ticket);
@@ -485,8 +603,15 @@ impl Core {
         match op.kind {
             ApplyKind::Write => add_run(&mut peer.inbox.write_acks, op.position),
             ApplyKind::Resync => add_run(&mut peer.target.acks, op.position),
-            ApplyKind::Verify { sequence, digest: theirs } => {
-                let body = Body::VerifyReply { sequence, equal: digest == Some(theirs), failed: result.is_err() };
+            ApplyKind::Verify {
+                sequence,
+                digest: theirs,
+            } => {
+                let body = Body::VerifyReply {
+                    sequence,
+                    equal: digest == Some(theirs),
+                    failed: result.is_err(),
+                };
                 self.send_body(at, FrameKind::VerifyReply, body, out);
             }
         }
@@ -499,7 +624,9 @@ impl Core {
         let session = SessionId(self.peers[at].inbox.session);
         loop {
             let inbox = &mut self.peers[at].inbox;
-            let Some(&(ticket, position, resync_sequence)) = inbox.pending_flushes.first() else { break };
+            let Some(&(ticket, position, resync_sequence)) = inbox.pending_flushes.first() else {
+                break;
+            };
             let open = inbox
                 .begun
                 .iter()
@@ -510,7 +637,13 @@ impl Core {
             }
             inbox.pending_flushes.remove(0);
             inbox.flushing.push(ticket);
-            let waiter = FlushFor::Peer { peer: at, session, ticket, position, resync_sequence };
+            let waiter = FlushFor::Peer {
+                peer: at,
+                session,
+                ticket,
+                position,
+                resync_sequence,
+            };
             self.flush_locally(waiter, out);
         }
     }
@@ -535,7 +668,15 @@ impl Core {
         }
         // Acknowledgements of the writes before it go first: the stream keeps them in order.
         self.send_acks(at, out);
-        self.send_body(at, FrameKind::FlushAck, Body::FlushAck { position, resync_sequence }, out);
+        self.send_body(
+            at,
+            FrameKind::FlushAck,
+            Body::FlushAck {
+                position,
+                resync_sequence,
+            },
+            out,
+        );
         self.trim_window(out);
         self.pump_inbox(at, out);
     }
@@ -606,7 +747,11 @@ impl Core {
         out: &mut Actions,
     ) {
         if position > self.issued {
-            self.bad_frame(at, "a flush acknowledgement of a position never issued", out);
+            self.bad_frame(
+                at,
+                "a flush acknowledgement of a position never issued",
+                out,
+            );
             return;
         }
         if position > 0 {

@@ -18,7 +18,11 @@ impl Core {
             state: self.sb.state,
             generations: self.sb.generations.clone(),
             position: self.issued,
-            stable_position: if self.role == Role::Primary { self.stable_position() } else { self.local_flushed },
+            stable_position: if self.role == Role::Primary {
+                self.stable_position()
+            } else {
+                self.local_flushed
+            },
             in_sync: self.sb.in_sync,
             in_sync_pending: self.sb.in_sync_pending,
             on_peer_loss: self.sb.on_peer_loss,
@@ -38,7 +42,9 @@ impl Core {
                     disk: v.disk,
                 })
                 .collect(),
-            peers: (0..self.peers.len()).map(|at| self.peer_status(at, now)).collect(),
+            peers: (0..self.peers.len())
+                .map(|at| self.peer_status(at, now))
+                .collect(),
             hot_extents: self.log.hot_count(),
             counters: self.counters,
         }
@@ -49,7 +55,10 @@ impl Core {
             return "client I/O is held by request".into();
         }
         if self.parked {
-            return format!("a member of S {:?} is missing and the policy is suspend", self.sb.in_sync);
+            return format!(
+                "a member of S {:?} is missing and the policy is suspend",
+                self.sb.in_sync
+            );
         }
         if self.congestion_blocks() {
             return "an asynchronous copy is over its bound and the policy is block".into();
@@ -92,22 +101,41 @@ impl Core {
     fn resync_status(&self, at: usize, now: Time) -> Option<ResyncStatus> {
         let peer = &self.peers[at];
         let (is_source, done, left, started) = match peer.relation {
-            Relation::Source => (true, peer.source.done_bytes, peer.dirty_bytes(), peer.source.started),
-            Relation::Target => (false, peer.target.received_bytes, peer.dirty_bytes(), peer.target.started),
+            Relation::Source => (
+                true,
+                peer.source.done_bytes,
+                peer.dirty_bytes(),
+                peer.source.started,
+            ),
+            Relation::Target => (
+                false,
+                peer.target.received_bytes,
+                peer.dirty_bytes(),
+                peer.target.started,
+            ),
             _ => return None,
         };
         let elapsed = now.ms_since(started);
-        let rate = if elapsed > 0 { done.saturating_mul(1000) / elapsed } else { 0 };
+        let rate = if elapsed > 0 {
+            done.saturating_mul(1000) / elapsed
+        } else {
+            0
+        };
         Some(ResyncStatus {
             is_source,
-            total_bytes: if is_source { peer.source.total_bytes } else { done + left },
+            total_bytes: if is_source {
+                peer.source.total_bytes
+            } else {
+                done + left
+            },
             left_bytes: left,
             done_bytes: done,
             paused: peer.resync_paused,
             started_ms_ago: elapsed,
             rate,
             // Only the source knows what is left; honest: nothing before there is a rate.
-            eta_ms: (is_source && rate > 0 && !peer.resync_paused).then(|| left.saturating_mul(1000) / rate),
+            eta_ms: (is_source && rate > 0 && !peer.resync_paused)
+                .then(|| left.saturating_mul(1000) / rate),
             undo_intact: self.undo_intact(),
         })
     }

@@ -18,9 +18,15 @@ impl Core {
             return;
         }
         let held_back = self.peers[at].resync_paused;
-        while !held_back && self.peers[at].source.outstanding_bytes < self.tuning.resync_window_bytes {
-            let Some((volume, offset, length)) = self.next_chunk(at) else { break };
-            let Some(session) = self.peers[at].session else { return };
+        while !held_back
+            && self.peers[at].source.outstanding_bytes < self.tuning.resync_window_bytes
+        {
+            let Some((volume, offset, length)) = self.next_chunk(at) else {
+                break;
+            };
+            let Some(session) = self.peers[at].session else {
+                return;
+            };
             let source = &mut self.peers[at].source;
             let id = source.next_id;
             source.next_id += 1;
@@ -36,10 +42,18 @@ impl Core {
                 buf: 0,
             });
             let slot = self.peers[at].slot;
-            let key = self.ops.insert(Op::ResyncRead { peer: slot, session: session.0, chunk: id });
+            let key = self.ops.insert(Op::ResyncRead {
+                peer: slot,
+                session: session.0,
+                chunk: id,
+            });
             // The chunk is read as if it were a write: no write to it is in flight meanwhile, so what is sent is
             // what the disk holds, and what comes later is mirrored behind it (D8).
-            if self.overlap.insert(key, volume.0, offset, u64::from(length)) == 0 {
+            if self
+                .overlap
+                .insert(key, volume.0, offset, u64::from(length))
+                == 0
+            {
                 self.resync_read_ready(key, out);
             }
         }
@@ -80,21 +94,43 @@ impl Core {
         chunk.state = ChunkState::Reading;
         chunk.buf = buf.0;
         let (volume, offset, length) = (chunk.volume, chunk.offset, chunk.length);
-        out.push(Action::DiskRead { op: OpId(key as u64), volume, offset, length, buf });
+        out.push(Action::DiskRead {
+            op: OpId(key as u64),
+            volume,
+            offset,
+            length,
+            buf,
+        });
     }
 
     /// The peer and the index of the chunk an operation reads; none if the session ended.
     fn chunk_of(&self, key: usize) -> Option<(usize, usize)> {
-        let Some(Op::ResyncRead { peer, session, chunk }) = self.ops.get(key) else { return None };
+        let Some(Op::ResyncRead {
+            peer,
+            session,
+            chunk,
+        }) = self.ops.get(key)
+        else {
+            return None;
+        };
         let at = self.peer_index(*peer)?;
         if self.peers[at].session.map(|s| s.0) != Some(*session) {
             return None;
         }
-        let chunk = self.peers[at].source.chunks.iter().position(|c| c.id == *chunk)?;
+        let chunk = self.peers[at]
+            .source
+            .chunks
+            .iter()
+            .position(|c| c.id == *chunk)?;
         Some((at, chunk))
     }
 
-    pub(crate) fn resync_read_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+    pub(crate) fn resync_read_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
         if result.is_err() {
             return self.disk_failed("a read for the resync failed", out);
         }
@@ -105,7 +141,11 @@ impl Core {
         };
         let chunk = &self.peers[at].source.chunks[chunk];
         let (buf, length) = (BufId(chunk.buf), chunk.length);
-        out.push(Action::IsZero { op: OpId(key as u64), buf, length });
+        out.push(Action::IsZero {
+            op: OpId(key as u64),
+            buf,
+            length,
+        });
     }
 
     /// Zeroes travel as a range; everything else as data.
@@ -125,9 +165,18 @@ impl Core {
         let chunk = &mut source.chunks[chunk];
         chunk.state = ChunkState::Sent;
         chunk.sequence = sequence;
-        let (volume, offset, length, sequence, buf) =
-            (chunk.volume, chunk.offset, chunk.length, chunk.sequence, BufId(chunk.buf));
-        let mut header = self.header(if zero { FrameKind::ResyncZero } else { FrameKind::ResyncData });
+        let (volume, offset, length, sequence, buf) = (
+            chunk.volume,
+            chunk.offset,
+            chunk.length,
+            chunk.sequence,
+            BufId(chunk.buf),
+        );
+        let mut header = self.header(if zero {
+            FrameKind::ResyncZero
+        } else {
+            FrameKind::ResyncData
+        });
         header.volume = volume;
         header.offset = offset;
         header.length = length;
@@ -136,7 +185,10 @@ impl Core {
             Payload::None
         } else {
             header.payload_length = length;
-            Payload::Buf { buf, crc_known: false }
+            Payload::Buf {
+                buf,
+                crc_known: false,
+            }
         };
         self.counters.resync_bytes += u64::from(length);
         self.send(at, header, payload, out);
@@ -146,13 +198,23 @@ impl Core {
         self.pump_source(at, out);
     }
 
-    pub(crate) fn resync_ack(&mut self, at: usize, session: SessionId, runs: &[(u64, u64)], out: &mut Actions) {
+    pub(crate) fn resync_ack(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        runs: &[(u64, u64)],
+        out: &mut Actions,
+    ) {
         if !self.peers[at].on(session) {
             return;
         }
         let source = &mut self.peers[at].source;
         for chunk in &mut source.chunks {
-            if chunk.state == ChunkState::Sent && runs.iter().any(|r| r.0 <= chunk.sequence && chunk.sequence <= r.1) {
+            if chunk.state == ChunkState::Sent
+                && runs
+                    .iter()
+                    .any(|r| r.0 <= chunk.sequence && chunk.sequence <= r.1)
+            {
                 chunk.state = ChunkState::Acked;
                 source.outstanding_bytes -= u64::from(chunk.length);
                 source.acked_unflushed_bytes += u64::from(chunk.length);
@@ -180,7 +242,11 @@ impl Core {
             let header = self.header(FrameKind::Flush);
             return self.send(at, header, Payload::None, out);
         }
-        if !pass_over || source.outstanding_bytes > 0 || !source.chunks.is_empty() || source.done_sent {
+        if !pass_over
+            || source.outstanding_bytes > 0
+            || !source.chunks.is_empty()
+            || source.done_sent
+        {
             return;
         }
         if peer.dirty_bits() > 0 {
@@ -195,12 +261,21 @@ impl Core {
         self.peers[at].source.done_position = self.issued;
         let mut header = self.header(FrameKind::ResyncDone);
         header.position = self.issued;
-        let body = Body::ResyncDone { position: self.issued };
+        header.dependency = self.sb.generation_base;
+        let body = Body::ResyncDone {
+            position: self.issued,
+        };
         self.send(at, header, Payload::Body(body), out);
     }
 
     /// Everything up to this sequence is durable at the target: now its bits may go (D8), unless written since.
-    pub(crate) fn resync_flushed(&mut self, at: usize, session: SessionId, through: u64, out: &mut Actions) {
+    pub(crate) fn resync_flushed(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        through: u64,
+        out: &mut Actions,
+    ) {
         if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::Source) {
             return;
         }
@@ -213,7 +288,8 @@ impl Core {
             }
             self.peers[at].source.acked_unflushed_bytes -= u64::from(chunk.length);
             if !chunk.redirtied {
-                self.peers[at].bitmaps[chunk.volume.0 as usize].clear(chunk.offset, u64::from(chunk.length));
+                self.peers[at].bitmaps[chunk.volume.0 as usize]
+                    .clear(chunk.offset, u64::from(chunk.length));
             }
         }
         self.pump_source(at, out);
@@ -225,20 +301,32 @@ impl Core {
         for chunk in source.chunks {
             // What the disk still reads is released here too: the shell keeps it until the disk answers.
             if chunk.state == ChunkState::Reading {
-                out.push(Action::ReleaseBuf { buf: BufId(chunk.buf) });
+                out.push(Action::ReleaseBuf {
+                    buf: BufId(chunk.buf),
+                });
             }
         }
     }
 
     // --- the target's end ---
 
-    pub(crate) fn resync_done_received(&mut self, at: usize, position: Position, out: &mut Actions) {
+    pub(crate) fn resync_done_received(
+        &mut self,
+        at: usize,
+        position: Position,
+        base: Position,
+        out: &mut Actions,
+    ) {
         if !matches!(self.peers[at].relation, Relation::Target) {
             self.bad_frame(at, "the end of a resync that is not running", out);
             return;
         }
         self.peers[at].target.done_position = position;
-        self.peers[at].inbox.queue.push_back(Received::ResyncDone { position });
+        self.peers[at].target.generation_base = Some(base);
+        self.peers[at]
+            .inbox
+            .queue
+            .push_back(Received::ResyncDone { position });
         self.pump_inbox(at, out);
     }
 
@@ -250,6 +338,7 @@ impl Core {
         self.issued = self.issued.max(self.peers[at].target.done_position);
         self.local_flushed = self.local_flushed.max(self.peers[at].target.done_position);
         self.sb.state = CopyState::Complete;
+        self.sb.generation_base = self.peers[at].target.generation_base.unwrap_or(0);
         self.sb.target_of = GenerationId(0);
         self.sb.flags.rolled_back = false;
         self.sb.flags.zeroed = false;
@@ -280,14 +369,21 @@ impl Core {
             self.undo_drop(out);
         }
         let slot = self.peers[at].slot;
-        self.notice(Level::Info, "resync-complete", Some(slot), "all blocks are here and durable".into(), out);
+        self.notice(
+            Level::Info,
+            "resync-complete",
+            Some(slot),
+            "all blocks are here and durable".into(),
+            out,
+        );
         self.send_body(at, FrameKind::CompleteAck, Body::Empty, out);
     }
 
     // --- joining S ---
 
     pub(crate) fn complete_ack(&mut self, at: usize, _session: SessionId, out: &mut Actions) {
-        if !matches!(self.peers[at].relation, Relation::Source) || !self.peers[at].source.done_sent {
+        if !matches!(self.peers[at].relation, Relation::Source) || !self.peers[at].source.done_sent
+        {
             self.bad_frame(at, "Complete out of turn", out);
             return;
         }
@@ -304,9 +400,18 @@ impl Core {
         known.bitmap_base = generation;
         // Complete was recorded with at least this position: a lower one later means an old disk.
         known.known_durable_generation = generation;
-        known.known_durable_position = self.peers[at].source.done_position;
+        known.known_durable_position = self.peers[at]
+            .source
+            .done_position
+            .saturating_sub(self.sb.generation_base);
         self.peers[at].source = SourceState::default();
-        self.notice(Level::Info, "resync-finished", Some(slot), "the target holds every block".into(), out);
+        self.notice(
+            Level::Info,
+            "resync-finished",
+            Some(slot),
+            "the target holds every block".into(),
+            out,
+        );
         if self.peers[at].mode == Mode::Async {
             self.peers[at].relation = Relation::Established;
             self.peers[at].their_state = Some(CopyState::Complete);
@@ -319,19 +424,33 @@ impl Core {
     /// too, S is committed with it.
     pub(crate) fn begin_join(&mut self, at: usize, out: &mut Actions) {
         let slot = self.peers[at].slot;
-        self.peers[at].relation = Relation::Joining { through: self.issued, committing: false };
+        self.peers[at].relation = Relation::Joining {
+            through: self.issued,
+            committing: false,
+        };
         self.sb.in_sync_pending = self.sb.in_sync.with(slot);
         self.joining_progress(at, out);
     }
 
     pub(crate) fn joining_progress(&mut self, at: usize, out: &mut Actions) {
-        let Relation::Joining { through, committing: false } = self.peers[at].relation else { return };
-        let Some(session) = self.peers[at].session else { return };
+        let Relation::Joining {
+            through,
+            committing: false,
+        } = self.peers[at].relation
+        else {
+            return;
+        };
+        let Some(session) = self.peers[at].session else {
+            return;
+        };
         if self.peers[at].oldest_unacked.is_some_and(|p| p <= through) {
             return;
         }
         let slot = self.peers[at].slot;
-        self.peers[at].relation = Relation::Joining { through, committing: true };
+        self.peers[at].relation = Relation::Joining {
+            through,
+            committing: true,
+        };
         self.sb.in_sync = self.sb.in_sync.with(slot);
         self.sb.flags.solo = false;
         self.sb.in_sync_version += 1;
@@ -343,12 +462,19 @@ impl Core {
         let slot = self.peers[at].slot;
         self.sb.in_sync_pending = self.sb.in_sync;
         self.sb.flags.solo = false;
-        if !self.peers[at].on(session) || !matches!(self.peers[at].relation, Relation::Joining { .. }) {
+        if !self.peers[at].on(session)
+            || !matches!(self.peers[at].relation, Relation::Joining { .. })
+        {
             return;
         }
         self.peers[at].relation = Relation::Established;
         // What had bits toward it was copied before it completed.
-        let keys: Vec<u32> = self.window.iter().map(|e| e.op).filter(|op| *op != NO_OP).collect();
+        let keys: Vec<u32> = self
+            .window
+            .iter()
+            .map(|e| e.op)
+            .filter(|op| *op != NO_OP)
+            .collect();
         for key in keys {
             if let Some(Op::Client(op)) = self.ops.get_mut(key as usize)
                 && op.legs[slot.0 as usize] == Leg::Bits
@@ -358,12 +484,21 @@ impl Core {
         }
         self.parked = false;
         self.tell_in_sync(at, out);
-        self.notice(Level::Info, "in-sync", Some(slot), format!("S is {:?}", self.sb.in_sync), out);
+        self.notice(
+            Level::Info,
+            "in-sync",
+            Some(slot),
+            format!("S is {:?}", self.sb.in_sync),
+            out,
+        );
         self.check_all(out);
     }
 
     pub(crate) fn tell_in_sync(&mut self, at: usize, out: &mut Actions) {
-        let body = Body::InSync { set: self.sb.in_sync, version: self.sb.in_sync_version };
+        let body = Body::InSync {
+            set: self.sb.in_sync,
+            version: self.sb.in_sync_version,
+        };
         self.peers[at].their_state = Some(CopyState::UpToDate);
         self.send_body(at, FrameKind::InSync, body, out);
     }
@@ -376,7 +511,13 @@ impl Core {
         }
     }
 
-    pub(crate) fn in_sync_told(&mut self, at: usize, set: SlotSet, version: u64, out: &mut Actions) {
+    pub(crate) fn in_sync_told(
+        &mut self,
+        at: usize,
+        set: SlotSet,
+        version: u64,
+        out: &mut Actions,
+    ) {
         if !matches!(self.peers[at].relation, Relation::Established) || self.is_primary_like() {
             self.bad_frame(at, "S was told out of turn", out);
             return;
@@ -388,7 +529,13 @@ impl Core {
             self.sb.state = CopyState::UpToDate;
         }
         let slot = self.peers[at].slot;
-        self.notice(Level::Info, "up-to-date", Some(slot), format!("this copy is in S {set:?}"), out);
+        self.notice(
+            Level::Info,
+            "up-to-date",
+            Some(slot),
+            format!("this copy is in S {set:?}"),
+            out,
+        );
         self.commit(Then::InSyncStored, out);
     }
 }

@@ -12,8 +12,16 @@ use holdfast_wire_format::metadata::*;
 /// How long a promotion waits for a meeting under way to end, in ms.
 const PROMOTION_WAIT_MS: u64 = 5000;
 
-pub(crate) fn refusal(what: impl Into<String>, kept: impl Into<String>, next: impl Into<String>) -> Refusal {
-    Refusal { what: what.into(), kept: kept.into(), next: next.into() }
+pub(crate) fn refusal(
+    what: impl Into<String>,
+    kept: impl Into<String>,
+    next: impl Into<String>,
+) -> Refusal {
+    Refusal {
+        what: what.into(),
+        kept: kept.into(),
+        next: next.into(),
+    }
 }
 
 /// A promotion somebody asked for that waits for the facts it needs.
@@ -33,35 +41,60 @@ impl Core {
         let already = self.promotion_wanted.is_some() || self.promotion.is_some();
         if self.role == Role::Primary || already || self.role != Role::Secondary {
             let refusal = refusal(
-                if self.role == Role::Primary { "this copy is primary already" } else { "a change of role is under way" },
+                if self.role == Role::Primary {
+                    "this copy is primary already"
+                } else {
+                    "a change of role is under way"
+                },
                 "Nothing was changed",
                 "Look at the status in a moment",
             );
-            return out.push(Action::AdminDone { admin, result: Err(refusal) });
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(refusal),
+            });
         }
         let since = self.now;
-        self.promotion_wanted = Some(WantedPromotion { admin, force, since, primary_heard: false });
+        self.promotion_wanted = Some(WantedPromotion {
+            admin,
+            force,
+            since,
+            primary_heard: false,
+        });
         self.try_promotion(out);
     }
 
     /// Goes on with a wanted promotion as soon as nothing is in between.
     pub(crate) fn try_promotion(&mut self, out: &mut Actions) {
-        let Some(wanted) = self.promotion_wanted else { return };
+        let Some(wanted) = self.promotion_wanted else {
+            return;
+        };
         if self.role != Role::Secondary {
             return;
         }
         let refuse = |core: &mut Core, refusal: Refusal, out: &mut Actions| {
             core.promotion_wanted = None;
-            out.push(Action::AdminDone { admin: wanted.admin, result: Err(refusal) });
+            out.push(Action::AdminDone {
+                admin: wanted.admin,
+                result: Err(refusal),
+            });
         };
         if self.failed {
             return refuse(
                 self,
-                refusal("the disk of this copy failed", "The other copies are untouched", "Promote another copy"),
+                refusal(
+                    "the disk of this copy failed",
+                    "The other copies are untouched",
+                    "Promote another copy",
+                ),
                 out,
             );
         }
-        if let Some(primary) = self.peers.iter().find(|p| p.is_primary && p.session.is_some()) {
+        if let Some(primary) = self
+            .peers
+            .iter()
+            .find(|p| p.is_primary && p.session.is_some())
+        {
             // A silent one may be dead: the link says so within a second. One that speaks is alive.
             if wanted.primary_heard {
                 let slot = primary.slot.0;
@@ -77,7 +110,10 @@ impl Core {
             }
             return;
         }
-        let filling = self.peers.iter().find(|p| matches!(p.relation, Relation::Target | Relation::TargetPreparing));
+        let filling = self
+            .peers
+            .iter()
+            .find(|p| matches!(p.relation, Relation::Target | Relation::TargetPreparing));
         if let Some(source) = filling {
             let slot = source.slot.0;
             return refuse(
@@ -92,13 +128,20 @@ impl Core {
         }
         let unsettled = self.peers.iter().any(|p| {
             p.session.is_some()
-                && !matches!(p.relation, Relation::Established | Relation::Source | Relation::Refused)
+                && !matches!(
+                    p.relation,
+                    Relation::Established | Relation::Source | Relation::Refused
+                )
         });
         if unsettled {
             if self.now.ms_since(wanted.since) > PROMOTION_WAIT_MS {
                 refuse(
                     self,
-                    refusal("a meeting with another copy does not end", "Nothing was changed", "Look at the status and try again"),
+                    refusal(
+                        "a meeting with another copy does not end",
+                        "Nothing was changed",
+                        "Look at the status and try again",
+                    ),
                     out,
                 );
             }
@@ -111,14 +154,26 @@ impl Core {
         let connected: SlotSet = self
             .peers
             .iter()
-            .filter(|p| p.session.is_some() && matches!(p.relation, Relation::Established | Relation::Source))
+            .filter(|p| {
+                p.session.is_some()
+                    && matches!(p.relation, Relation::Established | Relation::Source)
+            })
             .fold(SlotSet::EMPTY, |set, p| set.with(p.slot));
         let facts = self.own_facts();
-        let members_connected = self.sb.in_sync.without(self.slot).iter().all(|s| connected.contains(s));
+        let members_connected = self
+            .sb
+            .in_sync
+            .without(self.slot)
+            .iter()
+            .all(|s| connected.contains(s));
         let in_s = self.sb.in_sync.contains(self.slot);
-        let whole = self.sb.state == CopyState::UpToDate || (self.sb.state == CopyState::Complete && in_s);
+        let whole =
+            self.sb.state == CopyState::UpToDate || (self.sb.state == CopyState::Complete && in_s);
         let allowed = if !connected.is_empty() && members_connected && whole && in_s {
-            Ok(handshake::Promotion { kind: PromotionKind::Planned, may_lose: String::new() })
+            Ok(handshake::Promotion {
+                kind: PromotionKind::Planned,
+                may_lose: String::new(),
+            })
         } else {
             handshake::may_promote(&facts, None, None, wanted.force)
         };
@@ -138,7 +193,10 @@ impl Core {
         connected: SlotSet,
         out: &mut Actions,
     ) {
-        let epoch = Epoch { number: self.sb.epoch_gate.number + 1, owner: self.slot.0 };
+        let epoch = Epoch {
+            number: self.sb.epoch_gate.number + 1,
+            owner: self.slot.0,
+        };
         self.role = Role::Promoting;
         let mut reason = format!("{:?}", allowed.kind);
         if !allowed.may_lose.is_empty() {
@@ -163,29 +221,50 @@ impl Core {
 
     /// Every connected copy raises its gate first, so that nothing older is accepted there any more.
     pub(crate) fn ask_for_epoch(&mut self, out: &mut Actions) {
-        let Some(promotion) = &self.promotion else { return };
+        let Some(promotion) = &self.promotion else {
+            return;
+        };
         let (epoch, waiting) = (promotion.epoch, promotion.waiting_for);
         for at in 0..self.peers.len() {
             if waiting.contains(self.peers[at].slot) {
-                self.send_body(at, FrameKind::PromoteRequest, Body::PromoteRequest { epoch }, out);
+                self.send_body(
+                    at,
+                    FrameKind::PromoteRequest,
+                    Body::PromoteRequest { epoch },
+                    out,
+                );
             }
         }
         self.promotion_progress(out);
     }
 
     pub(crate) fn promotion_progress(&mut self, out: &mut Actions) {
-        let Some(promotion) = &mut self.promotion else { return };
+        let Some(promotion) = &mut self.promotion else {
+            return;
+        };
         if !promotion.waiting_for.is_empty() || promotion.committed {
             return;
         }
         promotion.committed = true;
+        // The fork position of the new generation is a promise: flush first.
+        self.flush_locally(FlushFor::Promotion, out);
+    }
+
+    pub(crate) fn promotion_flushed(&mut self, out: &mut Actions) {
+        let Some(promotion) = &self.promotion else {
+            return;
+        };
         let (epoch, force, agreed) = (promotion.epoch, promotion.force, promotion.agreed);
         self.sb.epoch_gate = epoch;
         self.sb.flags.was_primary = true;
         self.sb.flags.zeroed = false;
         self.sb.state = CopyState::UpToDate;
         self.sb.target_of = GenerationId(0);
-        let cause = if force { GenerationCause::Force } else { GenerationCause::Promotion };
+        let cause = if force {
+            GenerationCause::Force
+        } else {
+            GenerationCause::Promotion
+        };
         self.new_generation(cause);
         // Copies that did not agree leave S durably before this copy serves (they are unreachable).
         let mut in_sync = SlotSet::only(self.slot);
@@ -200,6 +279,9 @@ impl Core {
         self.sb.in_sync = in_sync;
         self.sb.in_sync_pending = in_sync;
         self.sb.flags.solo = in_sync == SlotSet::only(self.slot);
+        // What was unclean is settled by a generation of its own.
+        self.unclean_start = false;
+        self.was_primary_before = false;
         self.sb.volume_disks = self.volumes.iter().map(|v| v.disk).collect();
         for volume in &mut self.volumes {
             volume.blank = false;
@@ -219,18 +301,32 @@ impl Core {
 
     /// D10: serve once every connected copy holds the generation.
     pub(crate) fn promotion_known(&mut self, out: &mut Actions) {
-        if self.role != Role::Promoting || !self.generation_unknown_to.is_empty() || self.commit_pending() {
+        if self.role != Role::Promoting
+            || !self.generation_unknown_to.is_empty()
+            || self.commit_pending()
+        {
             return;
         }
-        let Some(promotion) = self.promotion.take_if(|p| p.committed) else { return };
+        let Some(promotion) = self.promotion.take_if(|p| p.committed) else {
+            return;
+        };
         self.role = Role::Primary;
         self.completed_max = self.issued;
         self.undo_drop(out);
         self.last_stable_flush = self.now;
-        let text = format!("primary in epoch {} ({})", promotion.epoch.number, promotion.reason);
+        let text = format!(
+            "primary in epoch {} ({})",
+            promotion.epoch.number, promotion.reason
+        );
         self.notice(Level::Info, "primary", None, text.clone(), out);
-        out.push(Action::RoleChanged { role: Role::Primary, epoch: promotion.epoch });
-        out.push(Action::AdminDone { admin: promotion.admin, result: Ok(text) });
+        out.push(Action::RoleChanged {
+            role: Role::Primary,
+            epoch: promotion.epoch,
+        });
+        out.push(Action::AdminDone {
+            admin: promotion.admin,
+            result: Ok(text),
+        });
         for at in 0..self.peers.len() {
             self.peers[at].is_primary = false;
             if !matches!(self.peers[at].relation, Relation::Established) {
@@ -238,8 +334,14 @@ impl Core {
             }
             self.peers[at].flushed = self.issued;
             if self.peers[at].dirty_bits() > 0 {
-                self.meet_again(at, "this copy became primary and holds blocks the other may lack", out);
-            } else if self.peers[at].mode != Mode::Async && !self.sb.in_sync.contains(self.peers[at].slot) {
+                self.meet_again(
+                    at,
+                    "this copy became primary and holds blocks the other may lack",
+                    out,
+                );
+            } else if self.peers[at].mode != Mode::Async
+                && !self.sb.in_sync.contains(self.peers[at].slot)
+            {
                 self.begin_join(at, out);
             }
         }
@@ -247,9 +349,18 @@ impl Core {
     }
 
     /// Another copy wants to be promoted.
-    pub(crate) fn promote_request(&mut self, at: usize, session: SessionId, epoch: Epoch, out: &mut Actions) {
+    pub(crate) fn promote_request(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        epoch: Epoch,
+        out: &mut Actions,
+    ) {
         let slot = self.peers[at].slot;
-        let settled = matches!(self.peers[at].relation, Relation::Established | Relation::Target);
+        let settled = matches!(
+            self.peers[at].relation,
+            Relation::Established | Relation::Target
+        );
         let mut reason = String::new();
         if epoch.owner != slot.0 {
             reason = format!("copy {} asks for an epoch of copy {}", slot.0, epoch.owner);
@@ -257,33 +368,65 @@ impl Core {
             reason = format!("this copy is {}", self.peers[at].relation.name());
         } else if matches!(self.role, Role::Primary | Role::Demoting) {
             reason = "this copy is primary".into();
-        } else if self.role == Role::Promoting && (self.slot < slot || self.promotion.as_ref().is_some_and(|p| p.committed)) {
+        } else if self.role == Role::Promoting
+            && (self.slot < slot || self.promotion.as_ref().is_some_and(|p| p.committed))
+        {
             // Two at once: the lower slot goes on.
             reason = "this copy is being promoted".into();
         } else if epoch.number <= self.sb.epoch_gate.number {
             reason = format!("epoch {} was accepted already", self.sb.epoch_gate.number);
         }
         if !reason.is_empty() {
-            let body = Body::PromoteReply { epoch, accepted: false, reason };
+            let body = Body::PromoteReply {
+                epoch,
+                accepted: false,
+                reason,
+            };
             return self.send_body(at, FrameKind::PromoteReply, body, out);
         }
         if self.role == Role::Promoting {
             self.cancel_promotion("another copy with a lower slot is being promoted", out);
         }
         self.sb.epoch_gate = epoch;
-        self.commit(Then::GateRaised { peer: at, session, epoch }, out);
+        self.commit(
+            Then::GateRaised {
+                peer: at,
+                session,
+                epoch,
+            },
+            out,
+        );
     }
 
-    pub(crate) fn gate_raised(&mut self, at: usize, session: SessionId, epoch: Epoch, out: &mut Actions) {
+    pub(crate) fn gate_raised(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        epoch: Epoch,
+        out: &mut Actions,
+    ) {
         if self.peers[at].on(session) {
-            let body = Body::PromoteReply { epoch, accepted: true, reason: String::new() };
+            let body = Body::PromoteReply {
+                epoch,
+                accepted: true,
+                reason: String::new(),
+            };
             self.send_body(at, FrameKind::PromoteReply, body, out);
         }
     }
 
-    pub(crate) fn promote_reply(&mut self, at: usize, epoch: Epoch, accepted: bool, reason: &str, out: &mut Actions) {
+    pub(crate) fn promote_reply(
+        &mut self,
+        at: usize,
+        epoch: Epoch,
+        accepted: bool,
+        reason: &str,
+        out: &mut Actions,
+    ) {
         let slot = self.peers[at].slot;
-        let Some(promotion) = &mut self.promotion else { return };
+        let Some(promotion) = &mut self.promotion else {
+            return;
+        };
         if promotion.epoch != epoch || !promotion.waiting_for.contains(slot) {
             return;
         }
@@ -297,11 +440,26 @@ impl Core {
     }
 
     pub(crate) fn cancel_promotion(&mut self, why: &str, out: &mut Actions) {
-        let Some(promotion) = self.promotion.take() else { return };
+        let Some(promotion) = self.promotion.take() else {
+            return;
+        };
         self.role = Role::Secondary;
-        self.notice(Level::Warning, "promotion-cancelled", None, why.to_owned(), out);
-        let refusal = refusal(why, "No copy was promoted and no data changed", "Look at the status and try again");
-        out.push(Action::AdminDone { admin: promotion.admin, result: Err(refusal) });
+        self.notice(
+            Level::Warning,
+            "promotion-cancelled",
+            None,
+            why.to_owned(),
+            out,
+        );
+        let refusal = refusal(
+            why,
+            "No copy was promoted and no data changed",
+            "Look at the status and try again",
+        );
+        out.push(Action::AdminDone {
+            admin: promotion.admin,
+            result: Err(refusal),
+        });
         self.greet_waiting(out);
     }
 
@@ -324,11 +482,21 @@ impl Core {
         for at in 0..self.peers.len() {
             let takes_frames = matches!(
                 self.peers[at].relation,
-                Relation::Established | Relation::Joining { .. } | Relation::Source | Relation::SourceStarting
+                Relation::Established
+                    | Relation::Joining { .. }
+                    | Relation::Source
+                    | Relation::SourceStarting
             );
             if takes_frames {
                 self.generation_unknown_to = self.generation_unknown_to.with(self.peers[at].slot);
-                self.send_body(at, FrameKind::NewGeneration, Body::NewGeneration { generation }, out);
+                let mut header = self.header(FrameKind::NewGeneration);
+                header.position = self.sb.generation_base;
+                self.send(
+                    at,
+                    header,
+                    Payload::Body(Body::NewGeneration { generation }),
+                    out,
+                );
             }
         }
     }
@@ -345,7 +513,11 @@ impl Core {
         let newer = header.epoch.number > self.sb.epoch_gate.number
             || (header.epoch == self.sb.epoch_gate && header.epoch.owner == slot.0);
         if !newer || self.is_primary_like() {
-            self.bad_frame(at, "a generation of a copy that is not the owner of the epoch", out);
+            self.bad_frame(
+                at,
+                "a generation of a copy that is not the owner of the epoch",
+                out,
+            );
             return;
         }
         self.sb.epoch_gate = header.epoch;
@@ -357,7 +529,15 @@ impl Core {
             Relation::Target | Relation::TargetPreparing => {
                 // Recorded with Complete; until then this copy is a target of the source's line anyway.
                 self.sb.target_of = generation.id;
-                self.commit(Then::GenerationStored { peer: at, session, generation: generation.id }, out);
+                self.peers[at].target.generation_base = Some(header.position);
+                self.commit(
+                    Then::GenerationStored {
+                        peer: at,
+                        session,
+                        generation: generation.id,
+                    },
+                    out,
+                );
             }
             Relation::Established => {
                 if generation.parent != self.generation() {
@@ -365,7 +545,17 @@ impl Core {
                     return;
                 }
                 self.push_generation(generation);
-                self.commit(Then::GenerationStored { peer: at, session, generation: generation.id }, out);
+                self.sb.generation_base = header.position;
+                self.unclean_start = false;
+                self.was_primary_before = false;
+                self.commit(
+                    Then::GenerationStored {
+                        peer: at,
+                        session,
+                        generation: generation.id,
+                    },
+                    out,
+                );
             }
             _ => {
                 self.bad_frame(at, "a generation out of turn", out);
@@ -381,16 +571,29 @@ impl Core {
         out: &mut Actions,
     ) {
         if self.peers[at].on(session) {
-            self.send_body(at, FrameKind::GenerationAck, Body::GenerationAck { generation }, out);
+            self.send_body(
+                at,
+                FrameKind::GenerationAck,
+                Body::GenerationAck { generation },
+                out,
+            );
         }
     }
 
-    pub(crate) fn generation_ack(&mut self, at: usize, generation: GenerationId, out: &mut Actions) {
+    pub(crate) fn generation_ack(
+        &mut self,
+        at: usize,
+        generation: GenerationId,
+        out: &mut Actions,
+    ) {
         if generation != self.generation() {
             return;
         }
         let slot = self.peers[at].slot;
-        if matches!(self.peers[at].relation, Relation::Established | Relation::Joining { .. }) {
+        if matches!(
+            self.peers[at].relation,
+            Relation::Established | Relation::Joining { .. }
+        ) {
             let record = self.peers[at].record;
             self.sb.peers[record].bitmap_base = generation;
         }
@@ -403,22 +606,27 @@ impl Core {
 
     // --- the loss of a member of S ---
 
-    /// A completion needs a copy that lacks the write.
-    pub(crate) fn required_leg_missing(&mut self, out: &mut Actions) {
-        if self.dropping || self.role != Role::Primary {
-            return;
-        }
-        let missing: SlotSet = self
-            .peers
+    /// Members of S that get no writes now.
+    fn missing_members(&self) -> SlotSet {
+        let required = self.required();
+        self.peers
             .iter()
             .filter(|p| {
-                self.required().contains(p.slot)
+                required.contains(p.slot)
                     && !matches!(
                         p.relation,
                         Relation::Established | Relation::Joining { .. } | Relation::SourceStarting
                     )
             })
-            .fold(SlotSet::EMPTY, |set, p| set.with(p.slot));
+            .fold(SlotSet::EMPTY, |set, p| set.with(p.slot))
+    }
+
+    /// A completion needs a copy that lacks the write.
+    pub(crate) fn required_leg_missing(&mut self, out: &mut Actions) {
+        if self.dropping || self.role != Role::Primary {
+            return;
+        }
+        let missing = self.missing_members();
         if missing.is_empty() {
             return;
         }
@@ -435,6 +643,19 @@ impl Core {
         }
         // D1: S without the lost copy, and a new generation, durably, before anything completes without it.
         self.dropping = true;
+        self.flush_locally(FlushFor::DropPeer, out);
+    }
+
+    /// Flushed: now S without them, and the generation that says since when.
+    pub(crate) fn drop_missing(&mut self, out: &mut Actions) {
+        if self.role != Role::Primary || !self.dropping {
+            return;
+        }
+        let missing = self.missing_members();
+        if missing.is_empty() {
+            self.dropping = false;
+            return self.check_all(out);
+        }
         for slot in missing.iter() {
             self.sb.in_sync = self.sb.in_sync.without(slot);
             self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
@@ -444,7 +665,10 @@ impl Core {
         self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
         let generation = self.new_generation(GenerationCause::PeerLost);
         self.announce_generation(generation, out);
-        let text = format!("S is {:?} without {missing:?}: degraded, the service goes on", self.sb.in_sync);
+        let text = format!(
+            "S is {:?} without {missing:?}: degraded, the service goes on",
+            self.sb.in_sync
+        );
         self.notice(Level::Error, "peer-dropped", None, text, out);
         self.commit(Then::PeerDropped, out);
     }
@@ -462,7 +686,11 @@ impl Core {
                 let result = if self.role == Role::Secondary {
                     Ok("this copy is secondary".to_owned())
                 } else {
-                    Err(refusal("a change of role is under way", "Nothing was changed", "Look at the status in a moment"))
+                    Err(refusal(
+                        "a change of role is under way",
+                        "Nothing was changed",
+                        "Look at the status in a moment",
+                    ))
                 };
                 out.push(Action::AdminDone { admin, result });
             }
@@ -471,8 +699,17 @@ impl Core {
         self.role = Role::Demoting;
         self.demotion = Some(admin);
         self.demote_flush_sent = false;
-        out.push(Action::RoleChanged { role: Role::Demoting, epoch: self.sb.epoch_gate });
-        self.notice(Level::Info, "demoting", None, "finishing what is in flight".into(), out);
+        out.push(Action::RoleChanged {
+            role: Role::Demoting,
+            epoch: self.sb.epoch_gate,
+        });
+        self.notice(
+            Level::Info,
+            "demoting",
+            None,
+            "finishing what is in flight".into(),
+            out,
+        );
         self.end_client_io(Status::NotPrimary, true, out);
         self.demotion_progress(out);
     }
@@ -508,11 +745,9 @@ impl Core {
     }
 
     fn parked_in_demotion(&self) -> bool {
-        self.ops.iter().any(|(_, op)| matches!(op, Op::Client(op) if !op.replied && op.legs.contains(&Leg::Bits)))
-    }
-
-    pub(crate) fn demotion_flushed(&mut self, out: &mut Actions) {
-        self.demotion_progress(out);
+        self.ops.iter().any(
+            |(_, op)| matches!(op, Op::Client(op) if !op.replied && op.legs.contains(&Leg::Bits)),
+        )
     }
 
     pub(crate) fn demotion_durable(&mut self, out: &mut Actions) {
@@ -533,10 +768,21 @@ impl Core {
                 _ => self.meet_again(at, "this copy is not primary any more", out),
             }
         }
-        out.push(Action::RoleChanged { role: Role::Secondary, epoch: self.sb.epoch_gate });
-        self.notice(Level::Info, "secondary", None, format!("demoted at position {position}"), out);
+        out.push(Action::RoleChanged {
+            role: Role::Secondary,
+            epoch: self.sb.epoch_gate,
+        });
+        self.notice(
+            Level::Info,
+            "secondary",
+            None,
+            format!("demoted at position {position}"),
+            out,
+        );
         if let Some(Some(admin)) = self.demotion.take() {
-            let result = Ok(format!("secondary; everything up to position {position} is flushed"));
+            let result = Ok(format!(
+                "secondary; everything up to position {position} is flushed"
+            ));
             out.push(Action::AdminDone { admin, result });
         }
         self.greet_waiting(out);
@@ -555,7 +801,13 @@ impl Core {
         self.peers[at].is_primary = false;
         self.peers[at].flushed = self.issued;
         let slot = self.peers[at].slot;
-        self.notice(Level::Info, "peer-demoted", Some(slot), format!("at position {position}"), out);
+        self.notice(
+            Level::Info,
+            "peer-demoted",
+            Some(slot),
+            format!("at position {position}"),
+            out,
+        );
         self.try_promotion(out);
     }
 
@@ -574,14 +826,23 @@ impl Core {
         self.generation_unknown_to = SlotSet::EMPTY;
         self.end_client_io(Status::NotPrimary, false, out);
         for at in 0..self.peers.len() {
-            if matches!(self.peers[at].relation, Relation::Established | Relation::Joining { .. } | Relation::Source) {
+            if matches!(
+                self.peers[at].relation,
+                Relation::Established | Relation::Joining { .. } | Relation::Source
+            ) {
                 self.unstable_becomes_bits(at);
             }
         }
         self.release_window(out);
-        out.push(Action::RoleChanged { role: Role::Secondary, epoch: self.sb.epoch_gate });
+        out.push(Action::RoleChanged {
+            role: Role::Secondary,
+            epoch: self.sb.epoch_gate,
+        });
         if let Some(Some(admin)) = self.demotion.take() {
-            out.push(Action::AdminDone { admin, result: Ok("secondary: a newer epoch took over".into()) });
+            out.push(Action::AdminDone {
+                admin,
+                result: Ok("secondary: a newer epoch took over".into()),
+            });
         }
     }
 
@@ -617,22 +878,37 @@ impl Core {
         }
         if matches!(self.role, Role::Primary | Role::Demoting | Role::Promoting) {
             self.role = Role::Secondary;
-            out.push(Action::RoleChanged { role: Role::Secondary, epoch: self.sb.epoch_gate });
+            out.push(Action::RoleChanged {
+                role: Role::Secondary,
+                epoch: self.sb.epoch_gate,
+            });
         }
         if let Some(promotion) = self.promotion.take() {
             let refusal = refusal(what, "No copy was promoted", "Promote another copy");
-            out.push(Action::AdminDone { admin: promotion.admin, result: Err(refusal) });
+            out.push(Action::AdminDone {
+                admin: promotion.admin,
+                result: Err(refusal),
+            });
         }
         if let Some(wanted) = self.promotion_wanted.take() {
             let refusal = refusal(what, "No copy was promoted", "Promote another copy");
-            out.push(Action::AdminDone { admin: wanted.admin, result: Err(refusal) });
+            out.push(Action::AdminDone {
+                admin: wanted.admin,
+                result: Err(refusal),
+            });
         }
         if let Some(Some(admin)) = self.demotion.take() {
-            out.push(Action::AdminDone { admin, result: Ok("secondary: its disk failed".into()) });
+            out.push(Action::AdminDone {
+                admin,
+                result: Ok("secondary: its disk failed".into()),
+            });
         }
         if let Some(admin) = self.detaching.take() {
             self.role = Role::Detached;
-            out.push(Action::AdminDone { admin, result: Ok("detached: its disk failed".into()) });
+            out.push(Action::AdminDone {
+                admin,
+                result: Ok("detached: its disk failed".into()),
+            });
         }
     }
 }

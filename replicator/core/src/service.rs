@@ -21,20 +21,46 @@ pub(crate) enum Then {
     Nothing,
     Attached,
     /// Only for the order: our facts are durable now, tell them.
-    Greet { peer: usize, session: SessionId },
-    TargetRecorded { peer: usize, session: SessionId },
-    SourceRecorded { peer: usize, session: SessionId },
+    Greet {
+        peer: usize,
+        session: SessionId,
+    },
+    TargetRecorded {
+        peer: usize,
+        session: SessionId,
+    },
+    SourceRecorded {
+        peer: usize,
+        session: SessionId,
+    },
     /// S without a lost copy, and a new generation.
     PeerDropped,
-    GateRaised { peer: usize, session: SessionId, epoch: Epoch },
+    GateRaised {
+        peer: usize,
+        session: SessionId,
+        epoch: Epoch,
+    },
     Promoted,
-    GenerationStored { peer: usize, session: SessionId, generation: GenerationId },
-    CompleteStored { peer: usize, session: SessionId },
-    Joined { peer: usize, session: SessionId },
+    GenerationStored {
+        peer: usize,
+        session: SessionId,
+        generation: GenerationId,
+    },
+    CompleteStored {
+        peer: usize,
+        session: SessionId,
+    },
+    Joined {
+        peer: usize,
+        session: SessionId,
+    },
     InSyncStored,
     Demoted,
     Detached,
-    Admin { admin: AdminId, text: String },
+    Admin {
+        admin: AdminId,
+        text: String,
+    },
     RolledBack,
 }
 
@@ -50,11 +76,26 @@ pub(crate) struct Commit {
 pub(crate) enum FlushFor {
     Client(usize),
     /// A flush frame of that peer.
-    Peer { peer: usize, session: SessionId, ticket: u64, position: Position, resync_sequence: u64 },
+    Peer {
+        peer: usize,
+        session: SessionId,
+        ticket: u64,
+        position: Position,
+        resync_sequence: u64,
+    },
     /// Everything before ResyncDone.
-    Complete { peer: usize, session: SessionId },
-    Demote,
+    Complete {
+        peer: usize,
+        session: SessionId,
+    },
     Detach,
+    /// A generation is about to be made.
+    Promotion,
+    DropPeer,
+    DropTarget {
+        peer: usize,
+        session: SessionId,
+    },
 }
 
 /// Local flushes: rounds, one at a time; who comes while one runs waits for the next (group commit).
@@ -181,13 +222,35 @@ impl Core {
             Event::MetaDone { op, result } => self.meta_done(op, result, out),
             Event::HashDone { op, digest } => self.hash_done(op, digest, out),
             Event::ZeroCheck { op, zero } => self.zero_checked(op, zero, out),
-            Event::LinkUp { peer, session, path } => self.link_up(peer, session, &path, out),
-            Event::LinkDown { peer, session, reason } => self.link_down(peer, session, &reason, out),
-            Event::Control { peer, session, header, body } => {
+            Event::LinkUp {
+                peer,
+                session,
+                path,
+            } => self.link_up(peer, session, &path, out),
+            Event::LinkDown {
+                peer,
+                session,
+                reason,
+            } => self.link_down(peer, session, &reason, out),
+            Event::Control {
+                peer,
+                session,
+                header,
+                body,
+            } => {
                 self.control_frame(peer, session, &header, body, out);
             }
-            Event::Data { peer, session, header, buf } => self.data_frame(peer, session, &header, buf, out),
-            Event::Drained { peer, session, bytes } => self.drained(peer, session, bytes, out),
+            Event::Data {
+                peer,
+                session,
+                header,
+                buf,
+            } => self.data_frame(peer, session, &header, buf, out),
+            Event::Drained {
+                peer,
+                session,
+                bytes,
+            } => self.drained(peer, session, bytes, out),
             Event::Tick => {}
             Event::Admin { admin, command } => self.admin(admin, command, out),
         }
@@ -222,7 +285,10 @@ impl Core {
             Some(Op::ResyncRead { .. }) => self.resync_read_done(key, result, out),
             Some(Op::VerifyRead { .. }) => self.verify_read_done(key, result, out),
             Some(Op::Undo { .. }) => self.undo_done(key, result, out),
-            other => self.halt(out, &format!("disk answered operation {key} that is {other:?}")),
+            other => self.halt(
+                out,
+                &format!("disk answered operation {key} that is {other:?}"),
+            ),
         }
     }
 
@@ -234,9 +300,14 @@ impl Core {
                 self.superblock_done(result, out);
             }
             Some(Op::ActivityLog { .. }) => self.log_done(key, result, out),
-            Some(Op::BitmapPage { .. } | Op::BitmapSummary { .. }) => self.page_done(key, result, out),
+            Some(Op::BitmapPage { .. } | Op::BitmapSummary { .. }) => {
+                self.page_done(key, result, out)
+            }
             Some(Op::Undo { .. }) => self.undo_done(key, result, out),
-            other => self.halt(out, &format!("metadata answered operation {key} that is {other:?}")),
+            other => self.halt(
+                out,
+                &format!("metadata answered operation {key} that is {other:?}"),
+            ),
         }
     }
 
@@ -261,16 +332,24 @@ impl Core {
         self.sb.position = self.held_position().min(self.local_flushed);
         let bytes = match holdfast_wire_format::superblock::encode(&self.sb) {
             Ok(bytes) => bytes.to_vec(),
-            Err(error) => return self.halt(out, &format!("the superblock cannot be encoded: {error}")),
+            Err(error) => {
+                return self.halt(out, &format!("the superblock cannot be encoded: {error}"));
+            }
         };
         // D16: the two slots in turn; a torn write leaves the other.
         let offset = if self.sb.sequence % 2 == 0 { 0 } else { 4096 };
-        let op = self.ops.insert(Op::Superblock { sequence: self.sb.sequence, volume: VolumeIndex(0) });
+        let op = self.ops.insert(Op::Superblock {
+            sequence: self.sb.sequence,
+            volume: VolumeIndex(0),
+        });
         self.commit.in_flight = Some(std::mem::take(&mut self.commit.waiting));
         self.counters.superblock_writes += 1;
         out.push(Action::MetaWrite {
             op: OpId(op as u64),
-            place: MetaPlace { volume: VolumeIndex(0), offset },
+            place: MetaPlace {
+                volume: VolumeIndex(0),
+                offset,
+            },
             bytes,
         });
     }
@@ -294,9 +373,17 @@ impl Core {
             Then::TargetRecorded { peer, session } => self.target_recorded(peer, session, out),
             Then::SourceRecorded { peer, session } => self.source_recorded(peer, session, out),
             Then::PeerDropped => self.peer_dropped(out),
-            Then::GateRaised { peer, session, epoch } => self.gate_raised(peer, session, epoch, out),
+            Then::GateRaised {
+                peer,
+                session,
+                epoch,
+            } => self.gate_raised(peer, session, epoch, out),
             Then::Promoted => self.promotion_durable(out),
-            Then::GenerationStored { peer, session, generation } => {
+            Then::GenerationStored {
+                peer,
+                session,
+                generation,
+            } => {
                 self.generation_stored(peer, session, generation, out);
             }
             Then::CompleteStored { peer, session } => self.complete_stored(peer, session, out),
@@ -304,7 +391,10 @@ impl Core {
             Then::InSyncStored => self.undo_drop(out),
             Then::Demoted => self.demotion_durable(out),
             Then::Detached => self.detached(out),
-            Then::Admin { admin, text } => out.push(Action::AdminDone { admin, result: Ok(text) }),
+            Then::Admin { admin, text } => out.push(Action::AdminDone {
+                admin,
+                result: Ok(text),
+            }),
             Then::RolledBack => self.rolled_back(out),
         }
     }
@@ -313,7 +403,11 @@ impl Core {
 
     /// Every position up to here is on this copy's disk.
     pub(crate) fn held_position(&self) -> Position {
-        if self.window.is_empty() { self.issued } else { self.window.local_done_through(self.issued) }
+        if self.window.is_empty() {
+            self.issued
+        } else {
+            self.window.local_done_through(self.issued)
+        }
     }
 
     pub(crate) fn generation(&self) -> GenerationId {
@@ -339,15 +433,18 @@ impl Core {
         while id.0 == 0 || self.sb.generations.iter().any(|g| g.id == id) {
             id = GenerationId(self.random());
         }
+        let fork = self.local_flushed.min(self.held_position());
         let generation = Generation {
             id,
             parent: self.generation(),
-            fork_position: self.issued,
+            // A promise: all up to here is durable on this copy (the callers flush first).
+            fork_position: fork.saturating_sub(self.sb.generation_base),
             epoch: self.sb.epoch_gate,
             cause,
             maker: self.slot.0,
         };
         self.push_generation(generation);
+        self.sb.generation_base = fork;
         generation
     }
 
@@ -374,12 +471,19 @@ impl Core {
         text: String,
         out: &mut Actions,
     ) {
-        out.push(Action::Notice(Notice { level, kind, peer, text }));
+        out.push(Action::Notice(Notice {
+            level,
+            kind,
+            peer,
+            text,
+        }));
     }
 
     pub(crate) fn halt(&mut self, out: &mut Actions, reason: &str) {
         self.failed = true;
-        out.push(Action::Halt { reason: reason.to_owned() });
+        out.push(Action::Halt {
+            reason: reason.to_owned(),
+        });
     }
 
     /// A frame header toward one peer with everything that does not depend on the kind.
@@ -396,13 +500,23 @@ impl Core {
             incarnation: self.sb.incarnation,
             position: 0,
             dependency: 0,
-            stable_position: if self.role == Role::Primary { self.stable_position() } else { 0 },
+            stable_position: if self.role == Role::Primary {
+                self.stable_position()
+            } else {
+                0
+            },
             offset: 0,
             length: 0,
         }
     }
 
-    pub(crate) fn send(&mut self, at: usize, header: FrameHeader, payload: Payload, out: &mut Actions) {
+    pub(crate) fn send(
+        &mut self,
+        at: usize,
+        header: FrameHeader,
+        payload: Payload,
+        out: &mut Actions,
+    ) {
         let now = self.now;
         let peer = &mut self.peers[at];
         let Some(session) = peer.session else { return };
@@ -411,12 +525,21 @@ impl Core {
         if let Payload::Buf { .. } = payload {
             peer.queued_bytes += u64::from(header.length);
         }
-        out.push(Action::Send { peer: peer.slot, session, header, payload });
+        out.push(Action::Send {
+            peer: peer.slot,
+            session,
+            header,
+            payload,
+        });
     }
 
     pub(crate) fn send_body(&mut self, at: usize, kind: FrameKind, body: Body, out: &mut Actions) {
         let header = self.header(kind);
-        let payload = if body == Body::Empty { Payload::None } else { Payload::Body(body) };
+        let payload = if body == Body::Empty {
+            Payload::None
+        } else {
+            Payload::Body(body)
+        };
         self.send(at, header, payload, out);
     }
 
@@ -433,7 +556,13 @@ impl Core {
         let Some(session) = peer.session else { return };
         let slot = peer.slot;
         peer.last_error = text.to_owned();
-        out.push(Action::Close { peer: slot, session, code, text: text.to_owned(), reconnect });
+        out.push(Action::Close {
+            peer: slot,
+            session,
+            code,
+            text: text.to_owned(),
+            reconnect,
+        });
         self.session_ended(at, text, out);
         if !reconnect {
             self.peers[at].relation = Relation::Refused;

@@ -37,7 +37,10 @@ impl Core {
             if std::mem::take(&mut self.volumes[at].unflushed) {
                 self.flush.left += 1;
                 let op = OpId(self.ops.insert(Op::LocalFlush { round }) as u64);
-                out.push(Action::DiskFlush { op, volume: VolumeIndex(at as u16) });
+                out.push(Action::DiskFlush {
+                    op,
+                    volume: VolumeIndex(at as u16),
+                });
             }
         }
         if self.flush.left == 0 {
@@ -45,7 +48,12 @@ impl Core {
         }
     }
 
-    pub(crate) fn local_flush_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+    pub(crate) fn local_flush_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
         self.ops.remove(key);
         self.flush.left -= 1;
         self.flush.failed |= result.is_err();
@@ -68,11 +76,19 @@ impl Core {
                     }
                     self.check_client(key, out);
                 }
-                FlushFor::Peer { peer, session, ticket, position, resync_sequence } => {
+                FlushFor::Peer {
+                    peer,
+                    session,
+                    ticket,
+                    position,
+                    resync_sequence,
+                } => {
                     self.peer_flush_done(peer, session, ticket, position, resync_sequence, out);
                 }
                 FlushFor::Complete { peer, session } => self.complete_flushed(peer, session, out),
-                FlushFor::Demote => self.demotion_flushed(out),
+                FlushFor::Promotion => self.promotion_flushed(out),
+                FlushFor::DropPeer => self.drop_missing(out),
+                FlushFor::DropTarget { peer, session } => self.drop_target(peer, session, out),
                 FlushFor::Detach => self.detach_flushed(out),
             }
         }
@@ -115,7 +131,12 @@ impl Core {
                 floor
             }
             _ => {
-                let told = self.peers.iter().filter(|p| p.is_primary).map(|p| p.inbox.stable).max();
+                let told = self
+                    .peers
+                    .iter()
+                    .filter(|p| p.is_primary)
+                    .map(|p| p.inbox.stable)
+                    .max();
                 self.local_flushed.min(told.unwrap_or(0))
             }
         };
@@ -157,7 +178,9 @@ impl Core {
         }
         let waits = !self.log_waiting.is_empty()
             || self.peers.iter().any(|p| {
-                p.wants_stable || (p.mode == Mode::Async && matches!(p.relation, Relation::Established | Relation::Source))
+                p.wants_stable
+                    || (p.mode == Mode::Async
+                        && matches!(p.relation, Relation::Established | Relation::Source))
             });
         let bytes = self.window.bytes();
         let due = self.now.ms_since(self.last_stable_flush) >= self.tuning.stable_interval_ms;
@@ -198,7 +221,12 @@ impl Core {
     /// not, because its disk has a volatile cache (D2, D7: the unstable set).
     pub(crate) fn unstable_becomes_bits(&mut self, at: usize) {
         let flushed = self.peers[at].flushed;
-        let entries: Vec<Entry> = self.window.above(flushed).filter(|e| e.length > 0).copied().collect();
+        let entries: Vec<Entry> = self
+            .window
+            .above(flushed)
+            .filter(|e| e.length > 0)
+            .copied()
+            .collect();
         for entry in entries {
             self.set_bits(at, entry.volume, entry.offset, entry.length);
         }
@@ -239,7 +267,9 @@ impl Core {
         }
         let mut wanted: Vec<ExtentKey> = Vec::new();
         for &key in &self.log_waiting {
-            let Some((volume, offset, length)) = self.log_range(key) else { continue };
+            let Some((volume, offset, length)) = self.log_range(key) else {
+                continue;
+            };
             for extent in self.extents(volume, offset, length) {
                 if !wanted.contains(&extent) {
                     wanted.push(extent);
@@ -255,9 +285,9 @@ impl Core {
         let transaction = self.log.begin_transaction(&wanted, |extent: ExtentKey| {
             let offset = u64::from(extent.extent) << shift;
             // D7: an extent cools only when all bits in it are durable, toward every peer.
-            let blocked = peers.iter().any(|p| {
-                p.bitmaps[extent.volume.0 as usize].unsaved_sets_in(offset, 1 << shift)
-            });
+            let blocked = peers
+                .iter()
+                .any(|p| p.bitmaps[extent.volume.0 as usize].unsaved_sets_in(offset, 1 << shift));
             if blocked && unsaved.len() < 16 {
                 unsaved.push(extent);
             }
@@ -267,13 +297,16 @@ impl Core {
             Some(transaction) => {
                 self.log_in_flight = true;
                 self.counters.al_transactions += 1;
-                let op = self.ops.insert(Op::ActivityLog { sequence: transaction.sequence });
+                let op = self.ops.insert(Op::ActivityLog {
+                    sequence: transaction.sequence,
+                });
                 let layout = &self.volumes[0].layout;
                 out.push(Action::MetaWrite {
                     op: OpId(op as u64),
                     place: MetaPlace {
                         volume: VolumeIndex(0),
-                        offset: layout.activity_log_offset + u64::from(transaction.ring_block) * 4096,
+                        offset: layout.activity_log_offset
+                            + u64::from(transaction.ring_block) * 4096,
                     },
                     bytes: transaction.bytes.to_vec(),
                 });
@@ -320,8 +353,15 @@ impl Core {
         }
     }
 
-    pub(crate) fn log_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
-        let Op::ActivityLog { sequence } = self.ops.remove(key) else { return };
+    pub(crate) fn log_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
+        let Op::ActivityLog { sequence } = self.ops.remove(key) else {
+            return;
+        };
         self.log_in_flight = false;
         if result.is_err() {
             // D6: the intent is not durable, so the data is not submitted.
@@ -361,14 +401,21 @@ impl Core {
         self.pump_saves(out);
         self.pages_in_flight == 0
             && self.save_queue.is_empty()
-            && self.peers.iter().all(|p| p.bitmaps.iter().all(DirtyBitmap::is_saved))
+            && self
+                .peers
+                .iter()
+                .all(|p| p.bitmaps.iter().all(DirtyBitmap::is_saved))
     }
 
     /// One page at a time: two writes of one summary block must not cross.
     fn pump_saves(&mut self, out: &mut Actions) {
         while self.pages_in_flight == 0 && !self.failed {
-            let Some((peer, volume, page)) = self.save_queue.pop_front() else { return };
-            let Some(image) = self.peers[peer].bitmaps[volume].begin_save(page) else { continue };
+            let Some((peer, volume, page)) = self.save_queue.pop_front() else {
+                return;
+            };
+            let Some(image) = self.peers[peer].bitmaps[volume].begin_save(page) else {
+                continue;
+            };
             self.pages_in_flight = 1;
             self.counters.bitmap_writes += 1;
             let Some(words) = image.words else {
@@ -377,7 +424,8 @@ impl Core {
                 continue;
             };
             let record = self.peers[peer].record;
-            let bytes = bitmap_page::encode_page(VolumeIndex(volume as u16), record as u8, page, &words);
+            let bytes =
+                bitmap_page::encode_page(VolumeIndex(volume as u16), record as u8, page, &words);
             let op = self.ops.insert(Op::BitmapPage { peer, volume, page });
             out.push(Action::MetaWrite {
                 op: OpId(op as u64),
@@ -396,19 +444,31 @@ impl Core {
             self.pages_in_flight = 0;
             return;
         };
-        let bytes = bitmap_page::encode_summary(VolumeIndex(volume as u16), record as u8, block, &bytes);
-        let op = self.ops.insert(Op::BitmapSummary { peer, volume, block });
+        let bytes =
+            bitmap_page::encode_summary(VolumeIndex(volume as u16), record as u8, block, &bytes);
+        let op = self.ops.insert(Op::BitmapSummary {
+            peer,
+            volume,
+            block,
+        });
         out.push(Action::MetaWrite {
             op: OpId(op as u64),
             place: MetaPlace {
                 volume: VolumeIndex(volume as u16),
-                offset: self.volumes[volume].layout.summary_block_offset(record, block),
+                offset: self.volumes[volume]
+                    .layout
+                    .summary_block_offset(record, block),
             },
             bytes: bytes.to_vec(),
         });
     }
 
-    pub(crate) fn page_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+    pub(crate) fn page_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
         let op = self.ops.remove(key);
         if result.is_err() {
             return self.disk_failed("the dirty bitmap could not be written", out);
@@ -416,11 +476,17 @@ impl Core {
         match op {
             Op::BitmapPage { peer, volume, page } => {
                 match self.peers[peer].bitmaps[volume].page_saved(page) {
-                    AfterPage::SummaryDue(block) => return self.save_summary(peer, volume, block, out),
+                    AfterPage::SummaryDue(block) => {
+                        return self.save_summary(peer, volume, block, out);
+                    }
                     AfterPage::Saved => self.pages_in_flight = 0,
                 }
             }
-            Op::BitmapSummary { peer, volume, block } => {
+            Op::BitmapSummary {
+                peer,
+                volume,
+                block,
+            } => {
                 self.peers[peer].bitmaps[volume].summary_saved(block);
                 self.pages_in_flight = 0;
             }

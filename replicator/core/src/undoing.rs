@@ -39,12 +39,22 @@ impl Core {
         true
     }
 
-    pub(crate) fn undo_done(&mut self, key: usize, _result: Result<(), DiskError>, _out: &mut Actions) {
+    pub(crate) fn undo_done(
+        &mut self,
+        key: usize,
+        _result: Result<(), DiskError>,
+        _out: &mut Actions,
+    ) {
         self.ops.remove(key);
     }
 
     pub(crate) fn undo_rollback(&mut self, out: &mut Actions) {
-        let text = refusal("no undo was kept", "Nothing was changed", "Bring back the source of the resync").to_string();
+        let text = refusal(
+            "no undo was kept",
+            "Nothing was changed",
+            "Bring back the source of the resync",
+        )
+        .to_string();
         self.cancel_promotion(&text, out);
     }
 

@@ -18,7 +18,12 @@ const VERIFY_DEPTH: usize = 16;
 
 impl Core {
     /// Begins a comparison with every connected copy that stands established.
-    pub(crate) fn start_verify(&mut self, admin: AdminId, only: Option<VolumeIndex>, out: &mut Actions) {
+    pub(crate) fn start_verify(
+        &mut self,
+        admin: AdminId,
+        only: Option<VolumeIndex>,
+        out: &mut Actions,
+    ) {
         let candidates: Vec<usize> = (0..self.peers.len())
             .filter(|at| {
                 let p = &self.peers[*at];
@@ -31,11 +36,21 @@ impl Core {
                 "Nothing was compared and nothing changed",
                 "Run it on the primary (or, with no primary, on either copy) when the copies are connected and no resync runs",
             );
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         };
         if only.is_some_and(|v| v.0 as usize >= self.volumes.len()) {
-            let text = refusal("there is no such volume", "Nothing was compared", "List the volumes");
-            return out.push(Action::AdminDone { admin, result: Err(text) });
+            let text = refusal(
+                "there is no such volume",
+                "Nothing was compared",
+                "List the volumes",
+            );
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
         for &at in &candidates {
             let total = self
@@ -87,9 +102,23 @@ impl Core {
                     verify.offset += u64::from(length);
                     let sequence = verify.next_sequence;
                     verify.next_sequence += 1;
-                    verify.outstanding.push(VerifyChunk { sequence, volume, offset, length, buf: 0 });
-                    let key = self.ops.insert(Op::VerifyRead { peer: slot, session: session.0, sequence });
-                    if self.overlap.insert(key, volume.0, offset, u64::from(length)) == 0 {
+                    verify.outstanding.push(VerifyChunk {
+                        sequence,
+                        volume,
+                        offset,
+                        length,
+                        buf: 0,
+                    });
+                    let key = self.ops.insert(Op::VerifyRead {
+                        peer: slot,
+                        session: session.0,
+                        sequence,
+                    });
+                    if self
+                        .overlap
+                        .insert(key, volume.0, offset, u64::from(length))
+                        == 0
+                    {
                         self.verify_read_ready(key, out);
                     }
                 }
@@ -108,12 +137,23 @@ impl Core {
     }
 
     fn verify_chunk(&self, key: usize) -> Option<(usize, usize)> {
-        let Some(Op::VerifyRead { peer, session, sequence }) = self.ops.get(key) else { return None };
+        let Some(Op::VerifyRead {
+            peer,
+            session,
+            sequence,
+        }) = self.ops.get(key)
+        else {
+            return None;
+        };
         let at = self.peer_index(*peer)?;
         if self.peers[at].session.map(|s| s.0) != Some(*session) || !self.peers[at].verify.running {
             return None;
         }
-        let chunk = self.peers[at].verify.outstanding.iter().position(|c| c.sequence == *sequence)?;
+        let chunk = self.peers[at]
+            .verify
+            .outstanding
+            .iter()
+            .position(|c| c.sequence == *sequence)?;
         Some((at, chunk))
     }
 
@@ -123,22 +163,41 @@ impl Core {
     }
 
     pub(crate) fn verify_read_ready(&mut self, key: usize, out: &mut Actions) {
-        let Some((at, chunk)) = self.verify_chunk(key) else { return self.drop_verify_read(key, out) };
+        let Some((at, chunk)) = self.verify_chunk(key) else {
+            return self.drop_verify_read(key, out);
+        };
         let length = self.peers[at].verify.outstanding[chunk].length;
         let buf = self.alloc_buf(length, out);
         let chunk = &mut self.peers[at].verify.outstanding[chunk];
         chunk.buf = buf.0;
         let (volume, offset) = (chunk.volume, chunk.offset);
-        out.push(Action::DiskRead { op: OpId(key as u64), volume, offset, length, buf });
+        out.push(Action::DiskRead {
+            op: OpId(key as u64),
+            volume,
+            offset,
+            length,
+            buf,
+        });
     }
 
-    pub(crate) fn verify_read_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
+    pub(crate) fn verify_read_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
         if result.is_err() {
             return self.disk_failed("a read for verify failed", out);
         }
-        let Some((at, chunk)) = self.verify_chunk(key) else { return self.drop_verify_read(key, out) };
+        let Some((at, chunk)) = self.verify_chunk(key) else {
+            return self.drop_verify_read(key, out);
+        };
         let chunk = self.peers[at].verify.outstanding[chunk];
-        out.push(Action::Hash { op: OpId(key as u64), buf: BufId(chunk.buf), length: chunk.length });
+        out.push(Action::Hash {
+            op: OpId(key as u64),
+            buf: BufId(chunk.buf),
+            length: chunk.length,
+        });
     }
 
     pub(crate) fn hash_done(&mut self, op: OpId, digest: u128, out: &mut Actions) {
@@ -160,7 +219,10 @@ impl Core {
         header.volume = chunk.volume;
         header.offset = chunk.offset;
         header.length = chunk.length;
-        let body = Body::Verify { sequence: chunk.sequence, digest };
+        let body = Body::Verify {
+            sequence: chunk.sequence,
+            digest,
+        };
         self.send(at, header, Payload::Body(body), out);
         // The request stands in the stream: what is written from here on comes behind it.
         self.drop_verify_read(key, out);
@@ -179,14 +241,25 @@ impl Core {
             header.length > 0
                 && u64::from(header.length) <= VERIFY_CHUNK
                 && header.offset % 512 == 0
-                && header.offset.checked_add(u64::from(header.length)).is_some_and(|end| end <= v.size)
+                && header
+                    .offset
+                    .checked_add(u64::from(header.length))
+                    .is_some_and(|end| end <= v.size)
         });
         if !in_volume || !matches!(self.peers[at].relation, Relation::Established) {
-            self.bad_frame(at, "a verify request out of turn or outside the volume", out);
+            self.bad_frame(
+                at,
+                "a verify request out of turn or outside the volume",
+                out,
+            );
             return;
         }
         let buf = self.alloc_buf(header.length, out);
-        let data = Data::Buf { buf, crc: 0, crc_known: false };
+        let data = Data::Buf {
+            buf,
+            crc: 0,
+            crc_known: false,
+        };
         self.enqueue(at, ApplyKind::Verify { sequence, digest }, header, data);
         self.pump_inbox(at, out);
     }
@@ -205,7 +278,11 @@ impl Core {
         }
         let slot = self.peers[at].slot;
         let verify = &mut self.peers[at].verify;
-        let Some(index) = verify.outstanding.iter().position(|c| c.sequence == sequence) else {
+        let Some(index) = verify
+            .outstanding
+            .iter()
+            .position(|c| c.sequence == sequence)
+        else {
             self.bad_frame(at, "a verify reply that was not asked for", out);
             return;
         };
@@ -242,13 +319,21 @@ impl Core {
                 slot.0
             )
         };
-        let level = if different == 0 { Level::Info } else { Level::Error };
+        let level = if different == 0 {
+            Level::Info
+        } else {
+            Level::Error
+        };
         self.notice(level, "verify-finished", Some(slot), text.clone(), out);
         if let Some(admin) = admin {
             let result = if different == 0 {
                 Ok(text)
             } else {
-                Err(refusal(text, "No data was changed", "Resync, and find out how they came to differ"))
+                Err(refusal(
+                    text,
+                    "No data was changed",
+                    "Resync, and find out how they came to differ",
+                ))
             };
             out.push(Action::AdminDone { admin, result });
         }
@@ -263,7 +348,9 @@ impl Core {
         let done = verify.done_bytes;
         for chunk in std::mem::take(&mut verify.outstanding) {
             if chunk.buf != 0 {
-                out.push(Action::ReleaseBuf { buf: BufId(chunk.buf) });
+                out.push(Action::ReleaseBuf {
+                    buf: BufId(chunk.buf),
+                });
             }
         }
         if let Some(admin) = self.peers[at].verify.admin.take() {
@@ -272,7 +359,10 @@ impl Core {
                 "What was compared stays true; no data was changed",
                 "Start it again when the copies are connected",
             );
-            out.push(Action::AdminDone { admin, result: Err(text) });
+            out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
         }
     }
 }

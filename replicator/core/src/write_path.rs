@@ -18,12 +18,33 @@ impl Core {
     /// One request of the application.
     pub(crate) fn client(&mut self, event: Event, out: &mut Actions) {
         let (request, place) = match &event {
-            Event::Read { request, volume, offset, length, .. }
-            | Event::Write { request, volume, offset, length, .. }
-            | Event::Lock { request, volume, offset, length } => {
-                (*request, Some((*volume, *offset, u64::from(*length))))
+            Event::Read {
+                request,
+                volume,
+                offset,
+                length,
+                ..
             }
-            Event::Zero { request, volume, offset, length, .. } => (*request, Some((*volume, *offset, *length))),
+            | Event::Write {
+                request,
+                volume,
+                offset,
+                length,
+                ..
+            }
+            | Event::Lock {
+                request,
+                volume,
+                offset,
+                length,
+            } => (*request, Some((*volume, *offset, u64::from(*length)))),
+            Event::Zero {
+                request,
+                volume,
+                offset,
+                length,
+                ..
+            } => (*request, Some((*volume, *offset, *length))),
             Event::Flush { request } => (*request, None),
             _ => return,
         };
@@ -41,7 +62,11 @@ impl Core {
         self.admit(event, out);
     }
 
-    fn refuse_client(&self, place: Option<(VolumeIndex, u64, u64)>, is_write: bool) -> Option<Status> {
+    fn refuse_client(
+        &self,
+        place: Option<(VolumeIndex, u64, u64)>,
+        is_write: bool,
+    ) -> Option<Status> {
         if self.role != Role::Primary {
             return Some(Status::NotPrimary);
         }
@@ -49,7 +74,9 @@ impl Core {
             return Some(Status::Io);
         }
         let (volume, offset, length) = place?;
-        let Some(v) = self.volumes.get(volume.0 as usize) else { return Some(Status::Invalid) };
+        let Some(v) = self.volumes.get(volume.0 as usize) else {
+            return Some(Status::Invalid);
+        };
         let sector = u64::from(v.sector_size);
         if length == 0 || offset % sector != 0 || length % sector != 0 {
             return Some(Status::Invalid);
@@ -64,11 +91,17 @@ impl Core {
     /// Requests held back go on, in their order.
     pub(crate) fn release_held(&mut self, out: &mut Actions) {
         while !self.suspended && !self.congestion_blocks() {
-            let Some(event) = self.held.pop_front() else { break };
+            let Some(event) = self.held.pop_front() else {
+                break;
+            };
             if self.role == Role::Primary && !self.failed {
                 self.admit(event, out);
             } else {
-                let status = if self.failed { Status::Io } else { Status::NotPrimary };
+                let status = if self.failed {
+                    Status::Io
+                } else {
+                    Status::NotPrimary
+                };
                 self.end_held(event, status, out);
             }
         }
@@ -91,22 +124,71 @@ impl Core {
 
     fn admit(&mut self, event: Event, out: &mut Actions) {
         match event {
-            Event::Read { request, volume, offset, length, buf } => {
+            Event::Read {
+                request,
+                volume,
+                offset,
+                length,
+                buf,
+            } => {
                 self.counters.reads += 1;
                 self.counters.read_bytes += u64::from(length);
                 let op = OpId(self.ops.insert(Op::Read { request, buf }) as u64);
-                out.push(Action::DiskRead { op, volume, offset, length, buf });
+                out.push(Action::DiskRead {
+                    op,
+                    volume,
+                    offset,
+                    length,
+                    buf,
+                });
             }
-            Event::Write { request, volume, offset, length, buf, fua, crc } => {
+            Event::Write {
+                request,
+                volume,
+                offset,
+                length,
+                buf,
+                fua,
+                crc,
+            } => {
                 self.counters.writes += 1;
                 self.counters.write_bytes += u64::from(length);
-                let data = Data::Buf { buf, crc, crc_known: crc != 0 };
-                self.begin_write(request, false, volume, offset, u64::from(length), data, fua, out);
+                let data = Data::Buf {
+                    buf,
+                    crc,
+                    crc_known: crc != 0,
+                };
+                self.begin_write(
+                    request,
+                    false,
+                    volume,
+                    offset,
+                    u64::from(length),
+                    data,
+                    fua,
+                    out,
+                );
             }
-            Event::Zero { request, volume, offset, length, unmap, fua } => {
+            Event::Zero {
+                request,
+                volume,
+                offset,
+                length,
+                unmap,
+                fua,
+            } => {
                 self.counters.zeroes += 1;
                 if length <= ZERO_PIECE {
-                    self.begin_write(request, false, volume, offset, length, Data::Zero { unmap }, fua, out);
+                    self.begin_write(
+                        request,
+                        false,
+                        volume,
+                        offset,
+                        length,
+                        Data::Zero { unmap },
+                        fua,
+                        out,
+                    );
                 } else {
                     let piece = PieceState {
                         volume,
@@ -125,10 +207,23 @@ impl Core {
                 self.counters.flushes += 1;
                 self.begin_flush(Some(request), out);
             }
-            Event::Lock { request, volume, offset, length } => {
-                let key = self.ops.insert(Op::Lock { request, volume, granted: false });
+            Event::Lock {
+                request,
+                volume,
+                offset,
+                length,
+            } => {
+                let key = self.ops.insert(Op::Lock {
+                    request,
+                    volume,
+                    granted: false,
+                });
                 self.locks.insert(request, key);
-                if self.overlap.insert(key, volume.0, offset, u64::from(length)) == 0 {
+                if self
+                    .overlap
+                    .insert(key, volume.0, offset, u64::from(length))
+                    == 0
+                {
                     self.overlap_ready(key, out);
                 }
             }
@@ -138,15 +233,29 @@ impl Core {
 
     fn next_pieces(&mut self, request: RequestId, out: &mut Actions) {
         loop {
-            let Some(piece) = self.pieces.get_mut(&request) else { return };
-            if piece.next >= piece.end || piece.in_flight >= ZERO_PIECES || piece.status != Status::Ok {
+            let Some(piece) = self.pieces.get_mut(&request) else {
+                return;
+            };
+            if piece.next >= piece.end
+                || piece.in_flight >= ZERO_PIECES
+                || piece.status != Status::Ok
+            {
                 return;
             }
             let (volume, offset, unmap, fua) = (piece.volume, piece.next, piece.unmap, piece.fua);
             let length = ZERO_PIECE.min(piece.end - piece.next);
             piece.next += length;
             piece.in_flight += 1;
-            self.begin_write(request, true, volume, offset, length, Data::Zero { unmap }, fua, out);
+            self.begin_write(
+                request,
+                true,
+                volume,
+                offset,
+                length,
+                Data::Zero { unmap },
+                fua,
+                out,
+            );
         }
     }
 
@@ -197,7 +306,9 @@ impl Core {
     pub(crate) fn overlap_ready(&mut self, key: usize, out: &mut Actions) {
         match self.ops.get_mut(key) {
             Some(Op::Client(_)) => self.log_gate(key, out),
-            Some(Op::Lock { request, granted, .. }) => {
+            Some(Op::Lock {
+                request, granted, ..
+            }) => {
                 *granted = true;
                 let request = *request;
                 out.push(Action::Granted { request });
@@ -227,16 +338,26 @@ impl Core {
         }
     }
 
-    pub(crate) fn extents(&self, volume: VolumeIndex, offset: u64, length: u64) -> impl Iterator<Item = ExtentKey> + use<> {
+    pub(crate) fn extents(
+        &self,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u64,
+    ) -> impl Iterator<Item = ExtentKey> + use<> {
         let shift = self.sb.extent_shift;
         let first = offset >> shift;
         let last = (offset + length - 1) >> shift;
-        (first..=last).map(move |e| ExtentKey { volume, extent: e as u32 })
+        (first..=last).map(move |e| ExtentKey {
+            volume,
+            extent: e as u32,
+        })
     }
 
     /// D6: the extents are hot in the durable activity log before the data goes anywhere.
     fn log_gate(&mut self, key: usize, out: &mut Actions) {
-        let Some(Op::Client(op)) = self.ops.get_mut(key) else { return };
+        let Some(Op::Client(op)) = self.ops.get_mut(key) else {
+            return;
+        };
         op.stage = Stage::Log;
         let (volume, offset, length) = (op.volume, op.offset, op.length);
         if self.log_waiting.is_empty() && self.try_hold(volume, offset, length) {
@@ -253,17 +374,24 @@ impl Core {
         let internal = matches!(self.ops.get(key), Some(Op::Client(op)) if op.internal);
         let may_issue = self.role == Role::Primary || (internal && self.role == Role::Demoting);
         if !may_issue || self.failed {
-            let status = if self.failed { Status::Io } else { Status::NotPrimary };
+            let status = if self.failed {
+                Status::Io
+            } else {
+                Status::NotPrimary
+            };
             return self.abandon(key, true, status, out);
         }
         self.issued += 1;
         let position = self.issued;
         let required = self.required();
-        let Some(Op::Client(op)) = self.ops.get_mut(key) else { return };
+        let Some(Op::Client(op)) = self.ops.get_mut(key) else {
+            return;
+        };
         op.stage = Stage::Issued;
         op.position = position;
         op.issued_at = self.now.0;
-        let (volume, offset, length, data, fua) = (op.volume, op.offset, op.length, op.data, op.fua);
+        let (volume, offset, length, data, fua) =
+            (op.volume, op.offset, op.length, op.data, op.fua);
         let is_flush = data == Data::Flush;
         self.window.push(Entry {
             position,
@@ -279,12 +407,26 @@ impl Core {
             Data::Buf { buf, .. } => {
                 self.volumes[volume.0 as usize].unflushed = true;
                 let op = OpId(key as u64);
-                out.push(Action::DiskWrite { op, volume, offset, length: length as u32, buf, fua });
+                out.push(Action::DiskWrite {
+                    op,
+                    volume,
+                    offset,
+                    length: length as u32,
+                    buf,
+                    fua,
+                });
             }
             Data::Zero { unmap } => {
                 self.volumes[volume.0 as usize].unflushed = true;
                 let op = OpId(key as u64);
-                out.push(Action::DiskZero { op, volume, offset, length, unmap, fua });
+                out.push(Action::DiskZero {
+                    op,
+                    volume,
+                    offset,
+                    length,
+                    unmap,
+                    fua,
+                });
             }
             Data::Flush => self.flush_locally(FlushFor::Client(key), out),
         }
@@ -293,11 +435,17 @@ impl Core {
         for at in 0..self.peers.len() {
             let slot = self.peers[at].slot;
             legs[slot.0 as usize] = if self.mirrors(at, volume, offset, length, is_flush) {
-                self.mirror(at, position, volume, offset, length, data, fua, required, out);
+                self.mirror(
+                    at, position, volume, offset, length, data, fua, required, out,
+                );
                 Leg::InFlight
             } else if is_flush {
                 // A flush leaves no bits; it is missing at the peer like every write before it.
-                if required.contains(slot) { Leg::Bits } else { Leg::None }
+                if required.contains(slot) {
+                    Leg::Bits
+                } else {
+                    Leg::None
+                }
             } else {
                 self.set_bits(at, volume, offset, length);
                 Leg::Bits
@@ -307,13 +455,23 @@ impl Core {
             op.local_left = 1;
             op.legs = legs;
         }
-        if required.iter().any(|s| s != self.slot && legs[s.0 as usize] == Leg::Bits) {
+        if required
+            .iter()
+            .any(|s| s != self.slot && legs[s.0 as usize] == Leg::Bits)
+        {
             self.required_leg_missing(out);
         }
     }
 
     /// Whether this write goes to the peer as a frame now, or becomes bits.
-    fn mirrors(&mut self, at: usize, volume: VolumeIndex, offset: u64, length: u64, is_flush: bool) -> bool {
+    fn mirrors(
+        &mut self,
+        at: usize,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u64,
+        is_flush: bool,
+    ) -> bool {
         let limit = self.tuning.async_queue_bytes;
         let peer = &mut self.peers[at];
         match peer.relation {
@@ -370,7 +528,11 @@ impl Core {
         let waits = peer.mode == Mode::Sync && required.contains(peer.slot);
         header.dependency = if waits { 0 } else { self.completed_max };
         let payload = match data {
-            Data::Buf { buf, crc, crc_known } => {
+            Data::Buf {
+                buf,
+                crc,
+                crc_known,
+            } => {
                 header.payload_length = length as u32;
                 header.payload_crc = crc;
                 Payload::Buf { buf, crc_known }
@@ -395,7 +557,10 @@ impl Core {
     /// Copies whose acknowledgement a completion needs, this one included.
     pub(crate) fn required(&self) -> SlotSet {
         // D18: while a change of S is not known to be durable, both sets count.
-        self.sb.in_sync.union(self.sb.in_sync_pending).with(self.slot)
+        self.sb
+            .in_sync
+            .union(self.sb.in_sync_pending)
+            .with(self.slot)
     }
 
     pub(crate) fn begin_flush(&mut self, request: Option<RequestId>, out: &mut Actions) {
@@ -422,8 +587,15 @@ impl Core {
     }
 
     /// The local disk answered a write of the application.
-    pub(crate) fn client_disk_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
-        let Some(Op::Client(op)) = self.ops.get_mut(key) else { return };
+    pub(crate) fn client_disk_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
+        let Some(Op::Client(op)) = self.ops.get_mut(key) else {
+            return;
+        };
         op.local_left = 0;
         // D14: an error stays an error.
         op.local_failed |= result.is_err();
@@ -452,7 +624,9 @@ impl Core {
         let required = self.required();
         let modes = self.modes();
         let may_complete = self.may_complete();
-        let Some(Op::Client(op)) = self.ops.get_mut(key) else { return };
+        let Some(Op::Client(op)) = self.ops.get_mut(key) else {
+            return;
+        };
         if op.stage != Stage::Issued {
             return;
         }
@@ -476,10 +650,15 @@ impl Core {
                     } else if many {
                         self.piece_done(request, Status::Ok, out);
                     } else {
-                        out.push(Action::Complete { request, status: Status::Ok });
+                        out.push(Action::Complete {
+                            request,
+                            status: Status::Ok,
+                        });
                     }
                 }
-                Some(slot) if op.legs[slot.0 as usize] == Leg::Bits => self.required_leg_missing(out),
+                Some(slot) if op.legs[slot.0 as usize] == Leg::Bits => {
+                    self.required_leg_missing(out)
+                }
                 _ => {}
             }
         }
@@ -489,7 +668,10 @@ impl Core {
     /// No completion while a new generation is not known to every connected copy (D10), nor between the
     /// decision to drop a copy and its commit.
     fn may_complete(&self) -> bool {
-        self.role != Role::Secondary && !self.dropping && self.generation_unknown_to.is_empty() && !self.failed
+        self.role != Role::Secondary
+            && !self.dropping
+            && self.generation_unknown_to.is_empty()
+            && !self.failed
     }
 
     /// The flush that ends a demotion: everything, everywhere.
@@ -506,8 +688,13 @@ impl Core {
     }
 
     fn forget_if_settled(&mut self, key: usize, out: &mut Actions) {
-        let Some(Op::Client(op)) = self.ops.get(key) else { return };
-        let open = op.legs.iter().any(|l| matches!(l, Leg::InFlight | Leg::Received));
+        let Some(Op::Client(op)) = self.ops.get(key) else {
+            return;
+        };
+        let open = op
+            .legs
+            .iter()
+            .any(|l| matches!(l, Leg::InFlight | Leg::Received));
         if !op.replied || op.local_left > 0 || open {
             return;
         }
@@ -523,7 +710,9 @@ impl Core {
     }
 
     pub(crate) fn piece_done(&mut self, request: RequestId, status: Status, out: &mut Actions) {
-        let Some(piece) = self.pieces.get_mut(&request) else { return };
+        let Some(piece) = self.pieces.get_mut(&request) else {
+            return;
+        };
         piece.in_flight -= 1;
         if status != Status::Ok {
             piece.status = status;
@@ -538,23 +727,39 @@ impl Core {
 
     /// Every operation of the application, by position order, looks again whether it may complete.
     pub(crate) fn check_all(&mut self, out: &mut Actions) {
-        let keys: Vec<u32> = self.window.iter().map(|e| e.op).filter(|op| *op != NO_OP).collect();
+        let keys: Vec<u32> = self
+            .window
+            .iter()
+            .map(|e| e.op)
+            .filter(|op| *op != NO_OP)
+            .collect();
         for key in keys {
             self.check_client(key as usize, out);
         }
     }
 
     /// The peer acknowledged positions; `leg` is what they become.
-    pub(crate) fn acknowledged(&mut self, at: usize, first: Position, last: Position, leg: Leg, out: &mut Actions) {
+    pub(crate) fn acknowledged(
+        &mut self,
+        at: usize,
+        first: Position,
+        last: Position,
+        leg: Leg,
+        out: &mut Actions,
+    ) {
         let slot = self.peers[at].slot.0 as usize;
         for position in first..=last {
-            let Some(entry) = self.window.get(position) else { continue };
+            let Some(entry) = self.window.get(position) else {
+                continue;
+            };
             let key = entry.op as usize;
             let length = entry.length;
             if entry.op == NO_OP {
                 continue;
             }
-            let Some(Op::Client(op)) = self.ops.get_mut(key) else { continue };
+            let Some(Op::Client(op)) = self.ops.get_mut(key) else {
+                continue;
+            };
             match (op.legs[slot], leg) {
                 (Leg::InFlight, Leg::Received) => op.legs[slot] = Leg::Received,
                 (Leg::InFlight | Leg::Received, Leg::Acked) => {
@@ -570,7 +775,9 @@ impl Core {
 
     /// An operation that was never issued, or that cannot complete any more, ends with `status`.
     fn abandon(&mut self, key: usize, release_log: bool, status: Status, out: &mut Actions) {
-        let Some(Op::Client(op)) = self.ops.try_remove(key) else { return };
+        let Some(Op::Client(op)) = self.ops.try_remove(key) else {
+            return;
+        };
         if let (Data::Buf { buf, .. }, true) = (op.data, op.stage != Stage::Issued) {
             out.push(Action::ReleaseBuf { buf });
         }
@@ -584,7 +791,10 @@ impl Core {
         } else if op.part_of_many {
             self.piece_done(op.request, status, out);
         } else {
-            out.push(Action::Complete { request: op.request, status });
+            out.push(Action::Complete {
+                request: op.request,
+                status,
+            });
         }
         if op.in_overlap {
             self.leave_overlap(key, out);
@@ -614,7 +824,9 @@ impl Core {
             .ops
             .iter()
             .filter_map(|(key, op)| match op {
-                Op::Client(op) if !op.replied && (!only_parked || op.legs.contains(&Leg::Bits)) => Some(key),
+                Op::Client(op) if !op.replied && (!only_parked || op.legs.contains(&Leg::Bits)) => {
+                    Some(key)
+                }
                 _ => None,
             })
             .collect();
@@ -634,8 +846,15 @@ impl Core {
         self.parked = false;
     }
 
-    pub(crate) fn read_done(&mut self, key: usize, result: Result<(), DiskError>, out: &mut Actions) {
-        let Op::Read { request, .. } = self.ops.remove(key) else { return };
+    pub(crate) fn read_done(
+        &mut self,
+        key: usize,
+        result: Result<(), DiskError>,
+        out: &mut Actions,
+    ) {
+        let Op::Read { request, .. } = self.ops.remove(key) else {
+            return;
+        };
         let status = match result {
             Ok(()) => Status::Ok,
             Err(_) => Status::Io,

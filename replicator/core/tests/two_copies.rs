@@ -10,7 +10,13 @@ use world::*;
 const SIZE: u64 = 8 << 20;
 
 fn pair(seed: u64, policy: OnPeerLoss) -> World {
-    let mut w = World::new(seed, &[Mode::Sync, Mode::Sync], policy, &[SIZE, SIZE / 2], true);
+    let mut w = World::new(
+        seed,
+        &[Mode::Sync, Mode::Sync],
+        policy,
+        &[SIZE, SIZE / 2],
+        true,
+    );
     w.start(0);
     w.start(1);
     w.until("the copies agree", 2000, |w| w.settled(&[0, 1]));
@@ -24,7 +30,8 @@ fn load(w: &mut World, n: usize, count: usize) -> Vec<RequestId> {
         let volume = w.rng.below(2) as u16;
         let size = if volume == 0 { SIZE } else { SIZE / 2 };
         let length = (1 + w.rng.below(16)) * 512;
-        let offset = w.rng.below((size / 16 - length) / 512) * 512 + if w.rng.chance(50) { size / 2 } else { 0 };
+        let offset = w.rng.below((size / 16 - length) / 512) * 512
+            + if w.rng.chance(50) { size / 2 } else { 0 };
         let fill = w.rng.next() as u8;
         if w.rng.chance(10) {
             let request = w.flush(n);
@@ -41,7 +48,9 @@ fn load(w: &mut World, n: usize, count: usize) -> Vec<RequestId> {
 
 fn all_ok(w: &mut World, n: usize, requests: &[RequestId]) {
     let requests = requests.to_vec();
-    w.until("every request completes", 100_000, |w| requests.iter().all(|r| w.status_of(n, *r).is_some()));
+    w.until("every request completes", 100_000, |w| {
+        requests.iter().all(|r| w.status_of(n, *r).is_some())
+    });
     for request in requests {
         assert_eq!(w.status_of(n, request), Some(Status::Ok), "{request:?}");
     }
@@ -58,9 +67,10 @@ fn same(w: &World, a: usize, b: usize) {
 
 fn in_sync_again(w: &mut World, slots: &[usize]) {
     let slots = slots.to_vec();
-    w.until("in sync again", 400_000, |w| w.settled(&slots) && slots.iter().all(|n| w.up_to_date(*n)));
+    w.until("in sync again", 400_000, |w| {
+        w.settled(&slots) && slots.iter().all(|n| w.up_to_date(*n))
+    });
 }
-
 
 /// The value each written sector must have: a model of what was acknowledged.
 struct History {
@@ -77,13 +87,19 @@ impl History {
             let volume = w.rng.below(2) as u16;
             let size = if volume == 0 { SIZE } else { SIZE / 2 };
             let length = (1 + w.rng.below(16)) * 512;
-            let offset = w.rng.below((size / 16 - length) / 512) * 512 + if w.rng.chance(50) { size / 2 } else { 0 };
+            let offset = w.rng.below((size / 16 - length) / 512) * 512
+                + if w.rng.chance(50) { size / 2 } else { 0 };
             if w.rng.chance(10) {
                 w.flush(n);
             } else {
                 let fua = w.rng.chance(5);
                 let stamp = w.next_request.to_le_bytes();
-                let bytes: Vec<u8> = stamp.iter().copied().cycle().take(length as usize).collect();
+                let bytes: Vec<u8> = stamp
+                    .iter()
+                    .copied()
+                    .cycle()
+                    .take(length as usize)
+                    .collect();
                 let request = w.write(n, volume, offset, bytes.clone(), fua);
                 self.writes.push((request, volume, offset, bytes));
             }
@@ -99,7 +115,9 @@ impl History {
         for (request, volume, offset, bytes) in &self.writes {
             let acknowledged = w.status_of(issuer, *request) == Some(Status::Ok);
             for (i, sector) in bytes.chunks(512).enumerate() {
-                let values = legal.entry((*volume, offset / 512 + i as u64)).or_insert_with(|| vec![vec![0; 512]]);
+                let values = legal
+                    .entry((*volume, offset / 512 + i as u64))
+                    .or_insert_with(|| vec![vec![0; 512]]);
                 if acknowledged {
                     // Earlier ones were issued before it: overlap order makes it win.
                     values.clear();
@@ -110,7 +128,10 @@ impl History {
         for ((volume, sector), values) in legal {
             let at = (sector * 512) as usize;
             let held = &w.nodes[holder].disk.data[volume as usize][at..at + 512];
-            assert!(values.iter().any(|v| v == held), "volume {volume} sector {sector}: an acknowledged write is lost");
+            assert!(
+                values.iter().any(|v| v == held),
+                "volume {volume} sector {sector}: an acknowledged write is lost"
+            );
         }
     }
 }
@@ -119,7 +140,10 @@ impl History {
 fn a_fresh_pair_needs_no_copy_and_mirrors() {
     for seed in 0..20 {
         let mut w = pair(seed, OnPeerLoss::Suspend);
-        assert!(w.nodes[0].notices.iter().all(|n| n.kind != "resync-source"), "nothing was copied");
+        assert!(
+            w.nodes[0].notices.iter().all(|n| n.kind != "resync-source"),
+            "nothing was copied"
+        );
         w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
         w.promote(1, false).unwrap_err();
         let requests = load(&mut w, 0, 100);
@@ -148,11 +172,19 @@ fn killed_primary_promoted_secondary_loses_nothing_and_comes_back() {
             all_ok(&mut w, 1, &requests);
             in_sync_again(&mut w, &[0, 1]);
             same(&w, 0, 1);
-            let copied = w.nodes[1].core.as_ref().unwrap().status(w.now).counters.resync_bytes;
+            let copied = w.nodes[1]
+                .core
+                .as_ref()
+                .unwrap()
+                .status(w.now)
+                .counters
+                .resync_bytes;
             assert!(copied > 0, "the old primary was resynced");
             // And back again, planned.
-            w.command(1, Command::Demote).unwrap_or_else(|e| panic!("{e}"));
-            w.promote(0, false).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            w.command(1, Command::Demote)
+                .unwrap_or_else(|e| panic!("{e}"));
+            w.promote(0, false)
+                .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
             let requests = load(&mut w, 0, 30);
             all_ok(&mut w, 0, &requests);
             w.until("quiet", 50_000, |w| w.settled(&[0, 1]));
@@ -205,7 +237,11 @@ fn killed_secondary_is_dropped_under_continue_and_returns() {
 #[test]
 fn cut_links_at_random_moments() {
     for seed in 300..400 {
-        let policy = if seed % 2 == 0 { OnPeerLoss::Suspend } else { OnPeerLoss::Continue };
+        let policy = if seed % 2 == 0 {
+            OnPeerLoss::Suspend
+        } else {
+            OnPeerLoss::Continue
+        };
         let mut w = pair(seed, policy);
         w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
         let mut requests = Vec::new();
@@ -240,7 +276,8 @@ fn both_killed_and_started_in_either_order() {
             history.check(&w, 0, 0);
         }
         let n = (seed % 2) as usize;
-        w.promote(n, false).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        w.promote(n, false)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         let requests = load(&mut w, n, 20);
         all_ok(&mut w, n, &requests);
     }
@@ -254,7 +291,8 @@ fn clean_stop_and_start_copies_nothing() {
         let requests = load(&mut w, 0, 60);
         all_ok(&mut w, 0, &requests);
         for n in [0, 1] {
-            w.command(n, Command::Detach).unwrap_or_else(|e| panic!("{e}"));
+            w.command(n, Command::Detach)
+                .unwrap_or_else(|e| panic!("{e}"));
             w.crash(n, true);
         }
         same(&w, 0, 1);
@@ -263,7 +301,12 @@ fn clean_stop_and_start_copies_nothing() {
             w.start(n);
         }
         in_sync_again(&mut w, &[0, 1]);
-        assert!(w.nodes.iter().all(|n| n.notices.iter().all(|n| n.kind != "resync-source")), "nothing was copied");
+        assert!(
+            w.nodes
+                .iter()
+                .all(|n| n.notices.iter().all(|n| n.kind != "resync-source")),
+            "nothing was copied"
+        );
     }
 }
 
@@ -274,24 +317,35 @@ fn verify_finds_what_differs_and_only_that() {
         w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
         let requests = load(&mut w, 0, 60);
         all_ok(&mut w, 0, &requests);
-        w.command(0, Command::Verify { volume: None }).unwrap_or_else(|e| panic!("{e}"));
+        w.command(0, Command::Verify { volume: None })
+            .unwrap_or_else(|e| panic!("{e}"));
         w.nodes[1].disk.data[0][1_000_000] ^= 1;
         w.nodes[1].disk.durable[0][1_000_000] ^= 1;
         w.command(0, Command::Verify { volume: None }).unwrap_err();
-        w.command(0, Command::Disconnect { peer: None }).unwrap_or_else(|e| panic!("{e}"));
+        w.command(0, Command::Disconnect { peer: None })
+            .unwrap_or_else(|e| panic!("{e}"));
         w.steps(50);
-        w.command(0, Command::Connect { peer: None }).unwrap_or_else(|e| panic!("{e}"));
-        w.command(1, Command::Connect { peer: None }).unwrap_or_else(|e| panic!("{e}"));
+        w.command(0, Command::Connect { peer: None })
+            .unwrap_or_else(|e| panic!("{e}"));
+        w.command(1, Command::Connect { peer: None })
+            .unwrap_or_else(|e| panic!("{e}"));
         in_sync_again(&mut w, &[0, 1]);
         same(&w, 0, 1);
-        w.command(0, Command::Verify { volume: None }).unwrap_or_else(|e| panic!("{e}"));
+        w.command(0, Command::Verify { volume: None })
+            .unwrap_or_else(|e| panic!("{e}"));
     }
 }
 
 #[test]
 fn a_blank_copy_is_filled_while_the_service_runs() {
     for seed in 700..720 {
-        let mut w = World::new(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Continue, &[SIZE, SIZE / 2], false);
+        let mut w = World::new(
+            seed,
+            &[Mode::Sync, Mode::Sync],
+            OnPeerLoss::Continue,
+            &[SIZE, SIZE / 2],
+            false,
+        );
         w.nodes[0].disk.data[0][12345] = 9;
         w.nodes[0].disk.durable[0][12345] = 9;
         w.start(0);
@@ -300,7 +354,8 @@ fn a_blank_copy_is_filled_while_the_service_runs() {
         w.promote(0, false).unwrap_err();
         w.promote(0, true).unwrap_or_else(|e| panic!("{e}"));
         for n in [0, 1] {
-            w.command(n, Command::Connect { peer: None }).unwrap_or_else(|e| panic!("{e}"));
+            w.command(n, Command::Connect { peer: None })
+                .unwrap_or_else(|e| panic!("{e}"));
         }
         let requests = load(&mut w, 0, 200);
         all_ok(&mut w, 0, &requests);
@@ -312,13 +367,19 @@ fn a_blank_copy_is_filled_while_the_service_runs() {
 #[test]
 fn a_third_asynchronous_copy_follows() {
     for seed in 800..830 {
-        let mut w =
-            World::new(seed, &[Mode::Sync, Mode::Sync, Mode::Async], OnPeerLoss::Suspend, &[SIZE, SIZE / 2], true);
+        let mut w = World::new(
+            seed,
+            &[Mode::Sync, Mode::Sync, Mode::Async],
+            OnPeerLoss::Suspend,
+            &[SIZE, SIZE / 2],
+            true,
+        );
         for n in 0..3 {
             w.start(n);
         }
         w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
-        w.promote(0, false).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        w.promote(0, false)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         let mut history = History::new();
         history.load(&mut w, 0, 60);
         w.drop_link(0, 2, "cut");
@@ -328,12 +389,15 @@ fn a_third_asynchronous_copy_follows() {
         same(&w, 0, 2);
         history.load(&mut w, 0, 20);
         w.crash(0, seed % 2 == 0);
-        w.promote(1, false).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        w.promote(1, false)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         history.check(&w, 0, 1);
         let requests = load(&mut w, 1, 30);
         all_ok(&mut w, 1, &requests);
         w.start(0);
-        w.until("quiet", 400_000, |w| w.settled(&[0, 1, 2]) && w.up_to_date(0));
+        w.until("quiet", 400_000, |w| {
+            w.settled(&[0, 1, 2]) && w.up_to_date(0)
+        });
         same(&w, 0, 1);
         same(&w, 1, 2);
     }
@@ -342,7 +406,13 @@ fn a_third_asynchronous_copy_follows() {
 #[test]
 fn semi_sync_survives_the_kill_of_the_primary() {
     for seed in 900..940 {
-        let mut w = World::new(seed, &[Mode::SemiSync, Mode::SemiSync], OnPeerLoss::Suspend, &[SIZE, SIZE / 2], true);
+        let mut w = World::new(
+            seed,
+            &[Mode::SemiSync, Mode::SemiSync],
+            OnPeerLoss::Suspend,
+            &[SIZE, SIZE / 2],
+            true,
+        );
         w.start(0);
         w.start(1);
         w.until("the copies agree", 2000, |w| w.settled(&[0, 1]));
@@ -350,7 +420,8 @@ fn semi_sync_survives_the_kill_of_the_primary() {
         let mut history = History::new();
         history.load(&mut w, 0, 80);
         w.crash(0, true);
-        w.promote(1, false).unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        w.promote(1, false)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
         history.check(&w, 0, 1);
     }
 }

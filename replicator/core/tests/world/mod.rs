@@ -74,7 +74,12 @@ fn node_id(n: usize) -> Uuid {
 }
 
 impl MetaSource for &Disk {
-    fn read(&mut self, volume: VolumeIndex, offset: u64, bytes: &mut [u8]) -> Result<(), DiskError> {
+    fn read(
+        &mut self,
+        volume: VolumeIndex,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), DiskError> {
         bytes.fill(0);
         if let Some(block) = self.meta.get(&(volume.0, offset)) {
             bytes.copy_from_slice(block);
@@ -84,7 +89,13 @@ impl MetaSource for &Disk {
 }
 
 impl World {
-    pub fn new(seed: u64, modes: &[Mode], policy: OnPeerLoss, volumes: &[u64], zeroed: bool) -> World {
+    pub fn new(
+        seed: u64,
+        modes: &[Mode],
+        policy: OnPeerLoss,
+        volumes: &[u64],
+        zeroed: bool,
+    ) -> World {
         let mut world = World {
             rng: Rng(seed),
             now: Time(1_000_000_000),
@@ -99,7 +110,11 @@ impl World {
             modes: modes.to_vec(),
             policy,
             trace: std::env::var_os("TRACE").is_some(),
-            tuning: Tuning { resync_chunk_bytes: 64 << 10, resync_window_bytes: 256 << 10, ..Tuning::default() },
+            tuning: Tuning {
+                resync_chunk_bytes: 64 << 10,
+                resync_window_bytes: 256 << 10,
+                ..Tuning::default()
+            },
         };
         let in_sync = (0..modes.len())
             .filter(|n| modes[*n] != Mode::Async)
@@ -162,7 +177,11 @@ impl World {
                 slot: Slot(m as u8),
                 node: node_id(m),
                 // A pair is asynchronous if either end is the asynchronous copy.
-                mode: if self.modes[m] == Mode::Async || self.modes[n] == Mode::Async { Mode::Async } else { self.modes[m] },
+                mode: if self.modes[m] == Mode::Async || self.modes[n] == Mode::Async {
+                    Mode::Async
+                } else {
+                    self.modes[m]
+                },
             })
             .collect()
     }
@@ -235,7 +254,14 @@ impl World {
             if let Some(session) = self.sessions.remove(&(x, y))
                 && self.nodes[x].core.is_some()
             {
-                self.event(x, Event::LinkDown { peer: Slot(y as u8), session, reason: reason.into() });
+                self.event(
+                    x,
+                    Event::LinkDown {
+                        peer: Slot(y as u8),
+                        session,
+                        reason: reason.into(),
+                    },
+                );
             }
         }
     }
@@ -253,7 +279,13 @@ impl World {
     pub fn admin(&mut self, n: usize, command: Command) -> u64 {
         let admin = self.next_admin;
         self.next_admin += 1;
-        self.event(n, Event::Admin { admin: AdminId(admin), command });
+        self.event(
+            n,
+            Event::Admin {
+                admin: AdminId(admin),
+                command,
+            },
+        );
         admin
     }
 
@@ -269,23 +301,44 @@ impl World {
                     self.nodes[n].bufs.insert(buf.0, vec![0; length as usize]);
                 }
                 Action::ReleaseBuf { buf } => {
-                    assert!(self.nodes[n].bufs.remove(&buf.0).is_some(), "buffer {buf:?} released twice");
+                    assert!(
+                        self.nodes[n].bufs.remove(&buf.0).is_some(),
+                        "buffer {buf:?} released twice"
+                    );
                 }
-                Action::DiskWrite { op, volume, offset, length, buf, fua } => {
+                Action::DiskWrite {
+                    op,
+                    volume,
+                    offset,
+                    length,
+                    buf,
+                    fua,
+                } => {
                     // The kernel has its own reference: keep the bytes with the operation.
                     let bytes = self.nodes[n].bufs[&buf.0][..length as usize].to_vec();
                     let hidden = BufId(u64::MAX - op.0);
                     self.nodes[n].bufs.insert(hidden.0, bytes);
-                    self.nodes[n].pending.push(Action::DiskWrite { op, volume, offset, length, buf: hidden, fua });
+                    self.nodes[n].pending.push(Action::DiskWrite {
+                        op,
+                        volume,
+                        offset,
+                        length,
+                        buf: hidden,
+                        fua,
+                    });
                 }
                 Action::Hash { op, buf, length } => {
                     let digest = self.nodes[n].bufs[&buf.0][..length as usize]
                         .iter()
-                        .fold(7u128, |h, b| h.wrapping_mul(0x1_0000_01b3).wrapping_add(u128::from(*b)));
+                        .fold(7u128, |h, b| {
+                            h.wrapping_mul(0x1_0000_01b3).wrapping_add(u128::from(*b))
+                        });
                     self.event(n, Event::HashDone { op, digest });
                 }
                 Action::IsZero { op, buf, length } => {
-                    let zero = self.nodes[n].bufs[&buf.0][..length as usize].iter().all(|b| *b == 0);
+                    let zero = self.nodes[n].bufs[&buf.0][..length as usize]
+                        .iter()
+                        .all(|b| *b == 0);
                     self.event(n, Event::ZeroCheck { op, zero });
                 }
                 Action::DiskRead { .. }
@@ -294,11 +347,18 @@ impl World {
                 | Action::MetaWrite { .. }
                 | Action::MetaWriteBuf { .. }
                 | Action::MetaReadBuf { .. } => self.nodes[n].pending.push(action),
-                Action::Send { peer, session, mut header, payload } => {
+                Action::Send {
+                    peer,
+                    session,
+                    mut header,
+                    payload,
+                } => {
                     let bytes = match payload {
                         Payload::None => Vec::new(),
                         Payload::Body(body) => encode_body(&body),
-                        Payload::Buf { buf, .. } => self.nodes[n].bufs[&buf.0][..header.length as usize].to_vec(),
+                        Payload::Buf { buf, .. } => {
+                            self.nodes[n].bufs[&buf.0][..header.length as usize].to_vec()
+                        }
                     };
                     header.payload_length = bytes.len() as u32;
                     let to = peer.0 as usize;
@@ -313,7 +373,13 @@ impl World {
                         self.nodes[n].wants.push(peer);
                     }
                 }
-                Action::Close { peer, session, reconnect, code, text } => {
+                Action::Close {
+                    peer,
+                    session,
+                    reconnect,
+                    code,
+                    text,
+                } => {
                     let to = peer.0 as usize;
                     if self.sessions.get(&(n, to)) == Some(&session) {
                         self.sessions.remove(&(n, to));
@@ -328,7 +394,9 @@ impl World {
                         self.nodes[n].wants.retain(|p| *p != peer);
                     }
                 }
-                Action::Complete { request, status } => self.nodes[n].completed.push((request, status)),
+                Action::Complete { request, status } => {
+                    self.nodes[n].completed.push((request, status))
+                }
                 Action::AdminDone { admin, result } => {
                     let before = self.nodes[n].admin.insert(admin.0, result);
                     assert!(before.is_none(), "one answer per request");
@@ -343,7 +411,14 @@ impl World {
     fn apply_disk(&mut self, n: usize, action: &Action) {
         let node = &mut self.nodes[n];
         match action {
-            Action::DiskWrite { volume, offset, length, buf, fua, .. } => {
+            Action::DiskWrite {
+                volume,
+                offset,
+                length,
+                buf,
+                fua,
+                ..
+            } => {
                 let bytes = node.bufs[&buf.0].clone();
                 let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
                 node.disk.data[v][o..o + l].copy_from_slice(&bytes[..l]);
@@ -351,7 +426,13 @@ impl World {
                     node.disk.durable[v][o..o + l].copy_from_slice(&bytes[..l]);
                 }
             }
-            Action::DiskZero { volume, offset, length, fua, .. } => {
+            Action::DiskZero {
+                volume,
+                offset,
+                length,
+                fua,
+                ..
+            } => {
                 let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
                 node.disk.data[v][o..o + l].fill(0);
                 if *fua {
@@ -364,13 +445,22 @@ impl World {
                 node.disk.durable[v] = data;
             }
             Action::MetaWrite { place, bytes, .. } => {
-                node.disk.meta.insert((place.volume.0, place.offset), bytes.clone());
+                node.disk
+                    .meta
+                    .insert((place.volume.0, place.offset), bytes.clone());
             }
-            Action::MetaWriteBuf { place, buf, length, .. } => {
-                for (i, block) in node.bufs[&buf.0].clone()[..*length as usize].chunks(4096).enumerate() {
+            Action::MetaWriteBuf {
+                place, buf, length, ..
+            } => {
+                for (i, block) in node.bufs[&buf.0].clone()[..*length as usize]
+                    .chunks(4096)
+                    .enumerate()
+                {
                     let mut bytes = block.to_vec();
                     bytes.resize(4096, 0);
-                    node.disk.meta.insert((place.volume.0, place.offset + i as u64 * 4096), bytes);
+                    node.disk
+                        .meta
+                        .insert((place.volume.0, place.offset + i as u64 * 4096), bytes);
                 }
             }
             _ => {}
@@ -381,17 +471,28 @@ impl World {
         let action = self.nodes[n].pending.remove(at);
         // A read returns what is there when it ends.
         match &action {
-            Action::DiskRead { volume, offset, length, buf, .. } => {
+            Action::DiskRead {
+                volume,
+                offset,
+                length,
+                buf,
+                ..
+            } => {
                 let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
                 let bytes = self.nodes[n].disk.data[v][o..o + l].to_vec();
                 if let Some(target) = self.nodes[n].bufs.get_mut(&buf.0) {
                     target[..l].copy_from_slice(&bytes);
                 }
             }
-            Action::MetaReadBuf { place, buf, length, .. } => {
+            Action::MetaReadBuf {
+                place, buf, length, ..
+            } => {
                 let mut bytes = Vec::new();
                 for i in 0..u64::from(*length).div_ceil(4096) {
-                    let block = self.nodes[n].disk.meta.get(&(place.volume.0, place.offset + i * 4096));
+                    let block = self.nodes[n]
+                        .disk
+                        .meta
+                        .get(&(place.volume.0, place.offset + i * 4096));
                     bytes.extend_from_slice(block.unwrap_or(&vec![0; 4096]));
                 }
                 if let Some(target) = self.nodes[n].bufs.get_mut(&buf.0) {
@@ -405,32 +506,63 @@ impl World {
                 self.nodes[n].bufs.remove(&buf.0);
                 Event::DiskDone { op, result: Ok(()) }
             }
-            Action::DiskRead { op, .. } | Action::DiskZero { op, .. } | Action::DiskFlush { op, .. } => {
-                Event::DiskDone { op, result: Ok(()) }
-            }
-            Action::MetaWrite { op, .. } | Action::MetaWriteBuf { op, .. } | Action::MetaReadBuf { op, .. } => {
-                Event::MetaDone { op, result: Ok(()) }
-            }
+            Action::DiskRead { op, .. }
+            | Action::DiskZero { op, .. }
+            | Action::DiskFlush { op, .. } => Event::DiskDone { op, result: Ok(()) },
+            Action::MetaWrite { op, .. }
+            | Action::MetaWriteBuf { op, .. }
+            | Action::MetaReadBuf { op, .. } => Event::MetaDone { op, result: Ok(()) },
             _ => unreachable!(),
         };
         self.event(n, event);
     }
 
     fn deliver(&mut self, from: usize, to: usize) {
-        let Some((header, body)) = self.wires.get_mut(&(from, to)).and_then(VecDeque::pop_front) else { return };
-        let Some(session) = self.sessions.get(&(to, from)).copied() else { return };
+        let Some((header, body)) = self
+            .wires
+            .get_mut(&(from, to))
+            .and_then(VecDeque::pop_front)
+        else {
+            return;
+        };
+        let Some(session) = self.sessions.get(&(to, from)).copied() else {
+            return;
+        };
         let header = decode_header(header.as_slice().try_into().unwrap()).unwrap();
         let peer = Slot(from as u8);
         if self.trace {
-            eprintln!("{:>8} {from}→{to}: {:?} pos {} dep {} stable {}", self.now.0 / 1_000_000, header.kind, header.position, header.dependency, header.stable_position);
+            eprintln!(
+                "{:>8} {from}→{to}: {:?} pos {} dep {} stable {}",
+                self.now.0 / 1_000_000,
+                header.kind,
+                header.position,
+                header.dependency,
+                header.stable_position
+            );
         }
         if header.kind.carries_data() {
             let buf = BufId(self.rng.next() >> 3);
             self.nodes[to].bufs.insert(buf.0, body);
-            self.event(to, Event::Data { peer, session, header, buf });
+            self.event(
+                to,
+                Event::Data {
+                    peer,
+                    session,
+                    header,
+                    buf,
+                },
+            );
         } else {
             let body = decode_body(header.kind, &body).unwrap();
-            self.event(to, Event::Control { peer, session, header, body });
+            self.event(
+                to,
+                Event::Control {
+                    peer,
+                    session,
+                    header,
+                    body,
+                },
+            );
         }
     }
 
@@ -438,18 +570,30 @@ impl World {
         for a in 0..self.nodes.len() {
             for b in a + 1..self.nodes.len() {
                 let alive = self.nodes[a].core.is_some() && self.nodes[b].core.is_some();
-                let linked = self.sessions.contains_key(&(a, b)) || self.sessions.contains_key(&(b, a));
+                let linked =
+                    self.sessions.contains_key(&(a, b)) || self.sessions.contains_key(&(b, a));
                 let cut = self.cut.contains(&(a, b));
-                if linked && !(self.sessions.contains_key(&(a, b)) && self.sessions.contains_key(&(b, a))) {
+                if linked
+                    && !(self.sessions.contains_key(&(a, b)) && self.sessions.contains_key(&(b, a)))
+                {
                     // One side closed: once the other has read what was sent, it hears of it.
-                    let (open, closed) = if self.sessions.contains_key(&(a, b)) { (a, b) } else { (b, a) };
-                    if self.wires.get(&(closed, open)).is_none_or(VecDeque::is_empty) {
+                    let (open, closed) = if self.sessions.contains_key(&(a, b)) {
+                        (a, b)
+                    } else {
+                        (b, a)
+                    };
+                    if self
+                        .wires
+                        .get(&(closed, open))
+                        .is_none_or(VecDeque::is_empty)
+                    {
                         self.drop_link(a, b, "closed by the other side");
                         return true;
                     }
                     continue;
                 }
-                let wanted = self.nodes[a].wants.contains(&Slot(b as u8)) && self.nodes[b].wants.contains(&Slot(a as u8));
+                let wanted = self.nodes[a].wants.contains(&Slot(b as u8))
+                    && self.nodes[b].wants.contains(&Slot(a as u8));
                 if alive && !linked && !cut && wanted {
                     let session = SessionId(self.next_session);
                     self.next_session += 1;
@@ -458,7 +602,14 @@ impl World {
                         self.wires.insert((x, y), VecDeque::new());
                     }
                     for (x, y) in [(a, b), (b, a)] {
-                        self.event(x, Event::LinkUp { peer: Slot(y as u8), session, path: "test".into() });
+                        self.event(
+                            x,
+                            Event::LinkUp {
+                                peer: Slot(y as u8),
+                                session,
+                                path: "test".into(),
+                            },
+                        );
                     }
                     return true;
                 }
@@ -518,7 +669,10 @@ impl World {
                 eprintln!("node {n}: {:#?}", core.status(self.now));
             }
             for notice in self.nodes[n].notices.iter().rev().take(12).rev() {
-                eprintln!("node {n} {:?} {} {:?}: {}", notice.level, notice.kind, notice.peer, notice.text);
+                eprintln!(
+                    "node {n} {:?} {} {:?}: {}",
+                    notice.level, notice.kind, notice.peer, notice.text
+                );
             }
             eprintln!("node {n} admin: {:?}", self.nodes[n].admin);
         }
@@ -527,24 +681,46 @@ impl World {
 
     pub fn promote(&mut self, n: usize, force: bool) -> AdminResult {
         let admin = self.admin(n, Command::Promote { force });
-        self.until("the promotion is answered", 20_000, |w| w.nodes[n].admin.contains_key(&admin));
+        self.until("the promotion is answered", 20_000, |w| {
+            w.nodes[n].admin.contains_key(&admin)
+        });
         self.nodes[n].admin[&admin].clone()
     }
 
     pub fn command(&mut self, n: usize, command: Command) -> AdminResult {
         let admin = self.admin(n, command);
-        self.until("the command is answered", 40_000, |w| w.nodes[n].admin.contains_key(&admin));
+        self.until("the command is answered", 40_000, |w| {
+            w.nodes[n].admin.contains_key(&admin)
+        });
         self.nodes[n].admin[&admin].clone()
     }
 
     /// Issues a write of whole sectors; returns the request.
-    pub fn write(&mut self, n: usize, volume: u16, offset: u64, bytes: Vec<u8>, fua: bool) -> RequestId {
+    pub fn write(
+        &mut self,
+        n: usize,
+        volume: u16,
+        offset: u64,
+        bytes: Vec<u8>,
+        fua: bool,
+    ) -> RequestId {
         let request = RequestId(self.next_request);
         self.next_request += 1;
         let buf = BufId(request.0 + (1 << 40));
         let length = bytes.len() as u32;
         self.nodes[n].bufs.insert(buf.0, bytes);
-        self.event(n, Event::Write { request, volume: VolumeIndex(volume), offset, length, buf, fua, crc: 0 });
+        self.event(
+            n,
+            Event::Write {
+                request,
+                volume: VolumeIndex(volume),
+                offset,
+                length,
+                buf,
+                fua,
+                crc: 0,
+            },
+        );
         request
     }
 
@@ -556,21 +732,35 @@ impl World {
     }
 
     pub fn status_of(&self, n: usize, request: RequestId) -> Option<Status> {
-        self.nodes[n].completed.iter().find(|c| c.0 == request).map(|c| c.1)
+        self.nodes[n]
+            .completed
+            .iter()
+            .find(|c| c.0 == request)
+            .map(|c| c.1)
     }
 
     pub fn settled(&self, slots: &[usize]) -> bool {
         slots.iter().all(|n| {
-            let Some(core) = &self.nodes[*n].core else { return false };
+            let Some(core) = &self.nodes[*n].core else {
+                return false;
+            };
             let status = core.status(self.now);
-            status.peers.iter().filter(|p| slots.contains(&(p.slot.0 as usize))).all(|p| {
-                p.link == holdfast_replicator_core::status::LinkState::Established && p.unacknowledged_bytes == 0
-            })
+            status
+                .peers
+                .iter()
+                .filter(|p| slots.contains(&(p.slot.0 as usize)))
+                .all(|p| {
+                    p.link == holdfast_replicator_core::status::LinkState::Established
+                        && p.unacknowledged_bytes == 0
+                })
         })
     }
 
     pub fn up_to_date(&self, n: usize) -> bool {
-        self.nodes[n].core.as_ref().is_some_and(|c| c.status(self.now).state == CopyState::UpToDate)
+        self.nodes[n]
+            .core
+            .as_ref()
+            .is_some_and(|c| c.status(self.now).state == CopyState::UpToDate)
     }
 }
 
