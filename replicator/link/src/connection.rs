@@ -394,7 +394,7 @@ async fn accept_stream<H: LinkHandler>(
     } else {
         Err("this service is not connected there now".to_owned())
     };
-    let answer = decision.as_ref().map(|()| ()).map_err(String::as_str);
+    let answer = decision.as_ref().copied().map_err(String::as_str);
     if timeout(limit, control::answer(&mut send, answer))
         .await
         .is_err()

@@ -105,7 +105,12 @@ pub(crate) async fn answer(send: &mut SendStream, answer: Result<(), &str>) -> R
     let reason = match answer {
         Ok(()) => "",
         Err("") => "refused",
-        Err(reason) => &reason[..reason.floor_char_boundary(MAX_REASON)],
+        Err(reason) => {
+            let cut = (0..=reason.len().min(MAX_REASON))
+                .rev()
+                .find(|at| reason.is_char_boundary(*at));
+            &reason[..cut.unwrap_or(0)]
+        }
     };
     let length = u16::try_from(reason.len()).expect("cut to 1024");
     send.write_all(&[&length.to_be_bytes(), reason.as_bytes()].concat())

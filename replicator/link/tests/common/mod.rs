@@ -308,10 +308,11 @@ impl Relay {
                             let _ = back.send(&there[..length]).await;
                         }
                     },
-                    got = back.recv(&mut back_again) => if let (Ok(length), Some(caller)) = (got, caller) {
-                        if !is_cut.get() {
+                    got = back.recv(&mut back_again) => match (got, caller) {
+                        (Ok(length), Some(caller)) if !is_cut.get() => {
                             let _ = front.send_to(&back_again[..length], caller).await;
                         }
+                        _ => {}
                     },
                 }
             }
