@@ -40,6 +40,15 @@ impl Loop {
     }
 }
 
+/// Anyone's `losetup --find` claims each device it passes for an instant, which an exclusive open meets as "in use": what
+/// `lock_wait` is for.
+fn patient() -> OpenOptions {
+    OpenOptions {
+        lock_wait: std::time::Duration::from_secs(30),
+        ..OpenOptions::default()
+    }
+}
+
 impl Drop for Loop {
     fn drop(&mut self) {
         let _ = Command::new("losetup")
@@ -63,7 +72,7 @@ fn both_sector_sizes_write_zero_and_discard_as_files_do() {
         };
         let pool = pool();
         let ring = ring(&pool);
-        let backing = Backing::open(&device.0, &OpenOptions::default()).expect("open");
+        let backing = Backing::open(&device.0, &patient()).expect("open");
         assert_eq!(
             (backing.kind(), backing.sector_size(), backing.size()),
             (BackingKind::BlockDevice, sector, 4 << 20)
@@ -119,22 +128,22 @@ fn a_device_in_use_and_a_second_name_for_the_same_bytes_are_refused() {
     let Some(device) = Loop::over(&image, 512) else {
         return;
     };
-    let other = Backing::open(&device.0, &OpenOptions::default());
+    let shared = OpenOptions {
+        shared_device: true,
+        ..OpenOptions::default()
+    };
+    let other = Backing::open(&device.0, &shared);
     assert!(
         matches!(&other, Err(OpenError::Aliased { other, .. }) if other.contains("image")),
         "{other:?}"
     );
     drop(by_name);
 
-    let by_device = Backing::open(&device.0, &OpenOptions::default()).expect("free now");
+    let by_device = Backing::open(&device.0, &patient()).expect("free now");
     assert!(matches!(
         Backing::open(&device.0, &OpenOptions::default()),
         Err(OpenError::InUse { .. })
     ));
-    let shared = OpenOptions {
-        shared_device: true,
-        ..OpenOptions::default()
-    };
     assert!(matches!(
         Backing::open(&device.0, &shared),
         Err(OpenError::Locked { .. })
