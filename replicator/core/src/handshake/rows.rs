@@ -571,6 +571,8 @@ impl<'a> Meeting<'a> {
                     "owns the epoch",
                 )
             })
+            // Only a member of S is known to hold every acknowledged write.
+            .or_else(|| pick(&|x, _| self.record.in_s(x), "is in sync"))
             .or_else(|| {
                 pick(
                     &|x, y| x.about_peer.bits > 0 && reach(x) >= reach(y),
@@ -578,7 +580,6 @@ impl<'a> Meeting<'a> {
                 )
             })
             .or_else(|| pick(&|x, _| wrote_here(x), "was the primary of this generation"))
-            .or_else(|| pick(&|x, _| self.record.in_s(x), "is in sync"))
             .or_else(|| pick(&|x, y| reach(x) > reach(y), "is further"))
             .or_else(|| {
                 pick(

@@ -1,6 +1,6 @@
 //! Breadth-first enumeration of the world in `model.rs`.
 //!
-//! `HOLDFAST_HANDSHAKE_STATES` sets how many states each setting visits (default 12000).
+//! `HOLDFAST_HANDSHAKE_STATES` sets how many states each setting visits (default 10000).
 
 use super::model::*;
 use crate::handshake::*;
@@ -36,7 +36,32 @@ const NONE: Budget = Budget {
 };
 
 /// Each is deep in one kind of trouble rather than shallow in all.
-const BUDGETS: [Budget; 6] = [
+const BUDGETS: [Budget; 9] = [
+    Budget {
+        writes: 2,
+        link_losses: 1,
+        promotions: 2,
+        forces: 2,
+        ..NONE
+    },
+    Budget {
+        writes: 1,
+        link_losses: 1,
+        crashes: 2,
+        ..NONE
+    },
+    Budget {
+        writes: 1,
+        clean_stops: 2,
+        restored: 1,
+        ..NONE
+    },
+    Budget {
+        writes: 1,
+        clean_stops: 1,
+        replaced: 1,
+        ..NONE
+    },
     Budget {
         writes: 2,
         crashes: 2,
@@ -69,12 +94,6 @@ const BUDGETS: [Budget; 6] = [
         failed: 1,
         promotions: 1,
         forces: 1,
-        ..NONE
-    },
-    Budget {
-        writes: 1,
-        clean_stops: 2,
-        restored: 1,
         ..NONE
     },
     Budget {
@@ -150,7 +169,7 @@ fn limit() -> usize {
     std::env::var("HOLDFAST_HANDSHAKE_STATES")
         .ok()
         .and_then(|n| n.parse().ok())
-        .unwrap_or(12_000)
+        .unwrap_or(10_000)
 }
 
 /// Rows that two copies alone cannot come to: shapes that differ, two mixtures.

@@ -833,6 +833,14 @@ impl World {
         let what = format!("they meet, row {}: {:?}", d.row.number(), d.outcome);
         match d.outcome {
             Outcome::Nothing => {
+                if w.nodes[0].blocks != w.nodes[1].blocks {
+                    let broken = format!(
+                        "{what}, but they hold {:?} and {:?}",
+                        w.nodes[0].blocks, w.nodes[1].blocks
+                    );
+                    steps.push((what, Err(broken)));
+                    return;
+                }
                 for i in 0..2 {
                     w.introduce(i);
                 }
@@ -892,7 +900,9 @@ impl World {
         steps: &mut Vec<Step>,
     ) {
         let (x, y) = (usize::from(plan.source.0), usize::from(plan.target.0));
-        let told = plan.surplus.is_some_and(|s| s.acknowledged);
+        let told = plan
+            .surplus
+            .is_some_and(|s| s.acknowledged && s.holder == plan.target);
         if !told && let Some(b) = self.unpaid(x, y, &row) {
             let owed = self.nodes[y].owed[b];
             steps.push((
