@@ -1,4 +1,4 @@
-//! Metadata of new copies: create, adopt, replace a disk, remove. Run by the command line while no replicator has
+//! Metadata of copies: create, adopt, replace a disk, grow, remove. Run by the command line while no replicator has
 //! the volumes open; the lock on each backing makes sure of that.
 //!
 //! What a new copy's metadata says is decided by the core; here it is written, in an order in which a crash leaves
@@ -6,6 +6,9 @@
 //! internal metadata the locator, flush.
 
 pub mod detect;
+mod grow;
+
+pub use grow::{Grown, grow};
 
 use crate::config::{Config, MetadataPlace, NodeRef, ServiceConfig, VolumeConfig};
 use crate::place::{self, BLOCK, Hints, Locator, PlaceError, open_backing};
@@ -65,6 +68,8 @@ pub enum VolumeError {
     Write { volume: String, source: DiskError },
     #[error("volume {volume}: {source}. Nothing was changed")]
     Read { volume: String, source: DiskError },
+    #[error("volume {volume} cannot grow: {problem}. Nothing was changed; {next}")]
+    Grow { volume: String, problem: String, next: String },
     #[error("{what}: {source}")]
     File { what: String, source: std::io::Error },
 }
@@ -254,7 +259,8 @@ fn make(
     let mut hints = Hints::load(state_dir);
     for volume in &prepared {
         if options.zero && !volume.zeroed {
-            zero(volume)?;
+            place::zero(&volume.data, 0, volume.data_size)
+                .map_err(|source| VolumeError::Write { volume: volume.config.name.clone(), source })?;
         }
         write(volume, volume_id(service.id, volume.config.index), &images)?;
         hints.set(&service.name, &volume.config.name, volume.data.size());
@@ -430,25 +436,12 @@ fn write(volume: &Prepared, id: Uuid, images: &[(MetaPlace, Vec<u8>)]) -> Result
     }
     metadata.sync().map_err(failed)?;
     if volume.external.is_none() {
-        let locator = Locator { volume: id, area_offset: volume.base, area_size: volume.layout.total };
+        let locator = Locator { volume: id, area_offset: volume.base, area_size: volume.layout.total, zero: (0, 0) };
         let at = Locator::offset(volume.data.size()).unwrap_or(0);
         volume.data.write_all_at(at, &locator.encode()).map_err(failed)?;
         volume.data.sync().map_err(failed)?;
     }
     Ok(())
-}
-
-/// Zeroes over the data of a volume, durably.
-fn zero(volume: &Prepared) -> Result<(), VolumeError> {
-    let failed = |source| VolumeError::Write { volume: volume.config.name.clone(), source };
-    let zeroes = vec![0; 4 << 20];
-    let mut at = 0;
-    while at < volume.data_size {
-        let length = (volume.data_size - at).min(zeroes.len() as u64);
-        volume.data.write_all_at(at, &zeroes[..length as usize]).map_err(failed)?;
-        at += length;
-    }
-    volume.data.sync().map_err(failed)
 }
 
 /// Makes this node's copy of a volume forget that it is one: superblocks and locator are overwritten. Data stays.

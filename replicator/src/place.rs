@@ -26,7 +26,7 @@ pub const BLOCK: u64 = 4096;
 const MAGIC: [u8; 8] = *b"HFLOCATE";
 const VERSION: u32 = 1;
 /// Bytes of the locator that mean something, CRC included.
-const USED: usize = 60;
+const USED: usize = 76;
 
 /// Why a volume's parts could not be found or opened.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +52,9 @@ pub struct Locator {
     pub area_offset: u64,
     /// Bytes of the area, a multiple of 4096.
     pub area_size: u64,
+    /// From here up to there the volume was grown over what was no data before; it is zeroed before it is used, and this
+    /// is empty (both 0) from then on.
+    pub zero: (u64, u64),
 }
 
 impl Locator {
@@ -68,8 +71,10 @@ impl Locator {
         block[24..40].copy_from_slice(&self.volume.0.to_le_bytes());
         block[40..48].copy_from_slice(&self.area_offset.to_le_bytes());
         block[48..56].copy_from_slice(&self.area_size.to_le_bytes());
-        let crc = crc32fast::hash(&block[..56]);
-        block[56..USED].copy_from_slice(&crc.to_le_bytes());
+        block[56..64].copy_from_slice(&self.zero.0.to_le_bytes());
+        block[64..72].copy_from_slice(&self.zero.1.to_le_bytes());
+        let crc = crc32fast::hash(&block[..72]);
+        block[72..USED].copy_from_slice(&crc.to_le_bytes());
         block
     }
 
@@ -80,7 +85,7 @@ impl Locator {
         let fits = used[..8] == MAGIC
             && used[8..12] == VERSION.to_le_bytes()
             && used[12..24].iter().all(|byte| *byte == 0)
-            && used[56..60] == crc32fast::hash(&used[..56]).to_le_bytes();
+            && used[72..USED] == crc32fast::hash(&used[..72]).to_le_bytes();
         if !fits {
             return None;
         }
@@ -88,10 +93,12 @@ impl Locator {
             volume: Uuid(u128::from_le_bytes(used[24..40].try_into().ok()?)),
             area_offset: word(40)?,
             area_size: word(48)?,
+            zero: (word(56)?, word(64)?),
         };
         let end = locator.area_offset.checked_add(locator.area_size)?;
         let inside = locator.area_offset % BLOCK == 0 && locator.area_size % BLOCK == 0 && end <= Locator::offset(size)?;
-        inside.then_some(locator)
+        let zero = locator.zero.0 <= locator.zero.1 && locator.zero.1 <= locator.area_offset;
+        (inside && zero).then_some(locator)
     }
 
     /// The locator of a backing, looked for where a backing of `size` bytes has it. Blocks.
@@ -154,7 +161,7 @@ pub fn open(config: &VolumeConfig, options: &OpenOptions, hint: Option<u64>) -> 
             }
             match found {
                 Some(locator) => Ok(Opened {
-                    data,
+                    data: finish_growing(data, locator, options.read_only).map_err(disk)?,
                     external: None,
                     base: locator.area_offset,
                     data_limit: locator.area_offset,
@@ -168,6 +175,33 @@ pub fn open(config: &VolumeConfig, options: &OpenOptions, hint: Option<u64>) -> 
             }
         }
     }
+}
+
+/// Zeroes what a volume was grown over, if that was not finished, and says so in the locator. Nothing else may use the
+/// backing before: another copy has zeroes there.
+pub(crate) fn finish_growing(data: Backing, locator: Locator, read_only: bool) -> Result<Backing, DiskError> {
+    let (from, to) = locator.zero;
+    if from < to && !read_only {
+        zero(&data, from, to)?;
+        let done = Locator { zero: (0, 0), ..locator };
+        if let Some(at) = Locator::offset(data.size()) {
+            data.write_all_at(at, &done.encode())?;
+        }
+        data.sync()?;
+    }
+    Ok(data)
+}
+
+/// Writes zeroes over a range of whole sectors, durably. Blocks.
+pub(crate) fn zero(data: &Backing, from: u64, to: u64) -> Result<(), DiskError> {
+    let zeroes = vec![0; 4 << 20];
+    let mut at = from;
+    while at < to {
+        let length = (to - at).min(zeroes.len() as u64);
+        data.write_all_at(at, &zeroes[..length as usize])?;
+        at += length;
+    }
+    data.sync()
 }
 
 /// The sizes that backings with internal metadata had when they were last used, in `places.json` of the state
@@ -226,7 +260,7 @@ mod tests {
 
     #[test]
     fn a_locator_is_read_back_and_no_damaged_byte_passes() {
-        let locator = Locator { volume: Uuid(77), area_offset: 1 << 20, area_size: 64 << 10 };
+        let locator = Locator { volume: Uuid(77), area_offset: 1 << 20, area_size: 64 << 10, zero: (4096, 8192) };
         let size = 2 << 20;
         let block = locator.encode();
         assert_eq!(Locator::decode(&block, size), Some(locator));

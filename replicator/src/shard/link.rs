@@ -171,7 +171,8 @@ impl LinkPort {
 
     pub fn close(&self, peer: PeerRef, session: SessionId, code: GoodbyeCode, text: &str, reconnect: bool) {
         self.link.close(session.0, code, text);
-        if !reconnect {
+        // Who shuts down does not come back by itself.
+        if !reconnect || code == GoodbyeCode::Shutdown {
             self.link.disconnect(peer.node, peer.service);
         }
     }

@@ -77,7 +77,8 @@ pub(super) struct Service {
     pub requests: Requests,
     pub table: BufTable,
     actions: Actions,
-    admins: Slab<oneshot::Sender<AdminResult>>,
+    /// Who waits for an answer, and whether it asked for the end.
+    admins: Slab<(oneshot::Sender<AdminResult>, bool)>,
     /// The core was fed since its last `end_batch`.
     pub touched: bool,
     /// It said to stop this process, and why.
@@ -182,7 +183,8 @@ impl Service {
 
     /// Asks the core on behalf of a person; `answer` gets the result, whenever it comes.
     pub fn admin(&mut self, command: Command, answer: oneshot::Sender<AdminResult>) {
-        let admin = AdminId(self.admins.insert(answer) as u64);
+        let ends = matches!(command, Command::Detach);
+        let admin = AdminId(self.admins.insert((answer, ends)) as u64);
         self.events.push_back(Event::Admin { admin, command });
     }
 
@@ -388,7 +390,12 @@ impl Service {
                 Ok(())
             }
             Action::AdminDone { admin, result } => {
-                if let Some(answer) = self.admins.try_remove(admin.0 as usize) {
+                if let Some((answer, ends)) = self.admins.try_remove(admin.0 as usize) {
+                    if ends && result.is_ok() {
+                        self.role = Role::Detached;
+                        self.exports.role_changed(Role::Detached, self.epoch);
+                        self.release(around);
+                    }
                     // Whoever asked may have gone away.
                     let _ = answer.send(result);
                 }
@@ -399,6 +406,22 @@ impl Service {
                 Ok(())
             }
             Action::Halt { reason } => Err(reason),
+        }
+    }
+
+    /// Gives the disks up, so that tools may open them. One with an unfinished request stays locked.
+    fn release(&mut self, around: &Surroundings) {
+        for volume in &self.volumes {
+            let files = [Some(volume.data), (volume.meta != volume.data).then_some(volume.meta)];
+            for file in files.into_iter().flatten() {
+                match around.ring.detach(file) {
+                    Ok(backing) => drop(backing),
+                    Err(error) => {
+                        let text = format!("volume {} stays locked until this process ends: {error}", volume.name);
+                        self.say(around.log, Level::Warning, "disk-kept", None, text);
+                    }
+                }
+            }
         }
     }
 
@@ -479,6 +502,9 @@ impl Service {
     pub fn watch_disks(&mut self, ring: &Ring, log: &EventLog) {
         let now = std::time::Instant::now();
         for at in 0..self.volumes.len() {
+            if self.role == Role::Detached {
+                return;
+            }
             let volume = &self.volumes[at];
             let oldest = [volume.data, volume.meta]
                 .into_iter()

@@ -133,6 +133,9 @@ async fn bring_up(
     let memory = Rc::new(Memory::new(budgets).map_err(StartError::Memory)?);
     let ring = Ring::new(RingOptions::default(), memory.pool())?;
     let node = identity.id();
+    // As the nodes are called where they joined, also where the configuration has their ids.
+    let known = peers.all();
+    let names = |id: Uuid| known.iter().find(|peer| peer.id == id).map(|peer| peer.name.clone());
     let peer_lists: Vec<Vec<PeerParameters>> =
         config.services.iter().map(|service| peer_parameters(service, &peers)).collect::<Result<_, _>>()?;
     let link = LinkPort::start(
@@ -150,7 +153,7 @@ async fn bring_up(
     let mut hints = Hints::load(&config.node.state_dir);
     let mut hints_changed = false;
     for (at, (service, peers)) in config.services.iter().zip(&peer_lists).enumerate() {
-        attach(&shard, config, service, at, node, peers, &mut hints, &mut hints_changed, metrics)?;
+        attach(&shard, config, service, at, node, peers, &mut hints, &mut hints_changed, metrics, &names)?;
     }
     if hints_changed && let Err(error) = hints.store(&config.node.state_dir) {
         // A help for the day a device grows, no more.
@@ -216,6 +219,7 @@ fn attach(
     hints: &mut Hints,
     hints_changed: &mut bool,
     metrics: &Metrics,
+    names: &dyn Fn(Uuid) -> Option<String>,
 ) -> Result<(), StartError> {
     let mut opened = Vec::with_capacity(service.volumes.len());
     for volume in &service.volumes {
@@ -286,7 +290,7 @@ fn attach(
         .iter()
         .zip(peers)
         .map(|(configured, peer)| {
-            let name = configured.node.to_string();
+            let name = names(peer.node).unwrap_or_else(|| configured.node.to_string());
             PeerState {
                 slot: peer.slot,
                 link: PeerRef { node: peer.node, service: service.id },

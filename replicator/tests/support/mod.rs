@@ -43,8 +43,17 @@ impl Default for Settings {
     }
 }
 
+/// What the replicators log goes to standard error of a test when `HOLDFAST_LOG` asks for it.
+fn log_if_asked() {
+    if let Ok(filter) = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG") {
+        // The other test of this process was first.
+        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+    }
+}
+
 /// Two nodes that joined, in the order in which they are to be started: the second one dials the first.
 pub fn two_nodes(root: &Path) -> [TestNode; 2] {
+    log_if_asked();
     let mut made: Vec<(Identity, &'static str, u8)> = ["alpha", "beta"]
         .into_iter()
         .enumerate()
