@@ -112,6 +112,10 @@ impl LinkHandler for Source {
     fn on_event(&self, event: LinkEvent<Vec<u8>>) {
         match event {
             LinkEvent::StreamUp { session, .. } => self.session.set(session),
+            LinkEvent::StreamDown {
+                code: Some(GoodbyeCode::Shutdown),
+                ..
+            } => {}
             LinkEvent::StreamDown { reason, .. } => panic!("{reason}"),
             LinkEvent::Frame { .. } => self.acked.set(self.acked.get() + 1),
             _ => {}

@@ -15,7 +15,7 @@ use std::cell::RefCell;
 use std::collections::HashSet;
 use std::rc::Rc;
 use std::time::Duration;
-use tokio::sync::mpsc;
+use tokio::sync::{Notify, mpsc};
 use tokio::time::{Instant, sleep, timeout};
 
 /// A stream that lived this long was a good one: after it, a new one is asked for without a pause.
@@ -226,6 +226,7 @@ async fn serve<H: LinkHandler>(
         }
     }
     let open: Rc<RefCell<HashSet<Uuid>>> = Rc::default();
+    let stream_ended = Rc::new(Notify::new());
     let sending = async {
         while let Some(message) = outgoing.recv().await {
             if control::send(&mut send, &message).await.is_err() {
@@ -254,19 +255,22 @@ async fn serve<H: LinkHandler>(
                     if open.borrow_mut().insert(service) {
                         let (context, peer, connection) =
                             (context.clone(), peer.clone(), connection.clone());
-                        let (path, open) = (path.to_owned(), open.clone());
+                        let (path, open, stream_ended) =
+                            (path.to_owned(), open.clone(), stream_ended.clone());
                         tokio::task::spawn_local(async move {
                             keep_open(&context, &peer, &connection, &path, service).await;
                             open.borrow_mut().remove(&service);
-                            peer.bump();
+                            stream_ended.notify_one();
                         });
                     }
                 }
                 if !peer.wants_any() && open.borrow().is_empty() && !shared.down.get() {
                     connection.close(code_to(GoodbyeCode::Disconnect), b"no service is wanted");
                 }
-                if changed.changed().await.is_err() {
-                    return;
+                tokio::select! {
+                    // The sender lives in the peer, which this function holds.
+                    _ = changed.changed() => {}
+                    () = stream_ended.notified() => {}
                 }
             }
         }

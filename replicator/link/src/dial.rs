@@ -56,7 +56,8 @@ pub(crate) async fn run<H: LinkHandler>(context: Context<H>, peer: Rc<PeerLink>)
         next += 1;
         failures += 1;
         if failures % paths.len() == 0 {
-            // Every path was tried: pause, unless something changes.
+            // Every path was tried: pause, unless something changes from here on.
+            changed.borrow_and_update();
             tokio::select! {
                 () = sleep(backoff.pause(&shared.jitter)) => {}
                 _ = changed.changed() => {}

@@ -409,3 +409,110 @@ async fn receive_bytes(recv: &mut RecvStream) -> Result<Vec<u8>, String> {
         .map_err(|e| e.to_string())?;
     Ok(bytes)
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::token::TOKEN_LIFETIME;
+
+    fn node(name: &str) -> (tempfile::TempDir, Arc<Identity>, Arc<PeerStore>) {
+        let dir = tempfile::tempdir().unwrap();
+        let identity = Arc::new(Identity::init(dir.path(), name).unwrap());
+        let peers = Arc::new(PeerStore::load(dir.path()).unwrap());
+        (dir, identity, peers)
+    }
+
+    /// Says hello with the public key of `token` and the signature that `sign` makes of the right message.
+    async fn present(
+        server: &JoinServer,
+        identity: &Arc<Identity>,
+        peers: &Arc<PeerStore>,
+        token: &Token,
+        sign: impl FnOnce(Vec<u8>) -> [u8; 64],
+    ) -> (Result<Peer, LinkError>, Reply) {
+        let caller = async {
+            let (_endpoint, connection) = connect(identity, peers, token, token.addresses[0])
+                .await
+                .unwrap();
+            let request = Request {
+                token: crate::files::hex(&token.public_key()),
+                introduction: Introduction::of(identity, &[]),
+            };
+            let body = serde_json::to_vec(&request).unwrap();
+            let message = signed_message(
+                &connection,
+                identity.fingerprint(),
+                token.fingerprint,
+                &body,
+            )
+            .unwrap();
+            let (mut send, mut recv) = connection.open_bi().await.unwrap();
+            send_bytes(&mut send, &body).await.unwrap();
+            send.write_all(&sign(message)).await.unwrap();
+            receive_message(&mut recv).await.unwrap()
+        };
+        let (decided, reply) = tokio::join!(server.next(), caller);
+        (decided.unwrap(), reply)
+    }
+
+    /// Knowing which token is open is not enough: the signature must be by its key, over this session and this caller.
+    #[tokio::test]
+    async fn the_public_key_of_a_token_proves_nothing() {
+        let (_a, a, a_peers) = node("alpha");
+        let (_b, b, b_peers) = node("beta");
+        let server = JoinServer::bind(
+            "127.0.0.1:0".parse().unwrap(),
+            a.clone(),
+            a_peers.clone(),
+            vec![],
+        )
+        .unwrap();
+        let make = || {
+            let addresses = vec![server.local_address()];
+            server
+                .tokens()
+                .create(
+                    addresses,
+                    a.fingerprint(),
+                    TOKEN_LIFETIME,
+                    SystemTime::now(),
+                )
+                .unwrap()
+        };
+        let (token, other) = (make(), make());
+        let earlier = std::cell::RefCell::new(Vec::new());
+        let (decided, reply) = present(&server, &b, &b_peers, &token, |message| {
+            *earlier.borrow_mut() = message.clone();
+            other.sign(&message)
+        })
+        .await;
+        assert!(
+            decided.is_err() && matches!(&reply, Reply::Refused(why) if why.contains("proof")),
+            "{reply:?}"
+        );
+        // Signed by the right key, but for the session before.
+        let (decided, _) = present(&server, &b, &b_peers, &token, |_| {
+            token.sign(&earlier.borrow())
+        })
+        .await;
+        assert!(decided.is_err());
+        // For this session, but another caller's certificate.
+        let (decided, _) = present(&server, &b, &b_peers, &token, |mut message| {
+            message[SIGNATURE_DOMAIN.len() + 32] ^= 1;
+            token.sign(&message)
+        })
+        .await;
+        assert!(decided.is_err());
+        assert!(a_peers.all().is_empty());
+        assert_eq!(
+            server.tokens().open(SystemTime::now()).unwrap(),
+            2,
+            "no token was used up"
+        );
+        let (decided, _) = present(&server, &b, &b_peers, &token, |message| {
+            token.sign(&message)
+        })
+        .await;
+        assert_eq!(decided.unwrap().id, b.id());
+    }
+}
