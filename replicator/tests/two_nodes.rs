@@ -2,7 +2,7 @@
 
 mod support;
 
-use holdfast_replicator::control::protocol::{LinkName, RoleName, StateName};
+use holdfast_replicator::control::protocol::{LinkName, RoleName, ServiceReport, StateName};
 use holdfast_replicator_core::api::Command;
 use std::collections::BTreeMap;
 use support::{Nbd, Settings, TestNode, blocking, two_nodes};
@@ -88,6 +88,10 @@ async fn what_an_application_writes_is_on_both_disks_and_survives_a_switchover()
 
     // Planned switchover: the old epoch's export is refused, the other copy serves the same bytes.
     nodes[0].command(Command::Demote).await.unwrap();
+    // The copies meet anew once nobody is primary, and an automatic promotion asks for a member of S.
+    let ready = |s: &ServiceReport| s.peers[0].link == LinkName::Established && s.in_sync.len() == 2;
+    nodes[0].until("the copies met again", ready).await;
+    nodes[1].until("the copies met again", ready).await;
     nodes[1].command(Command::Promote { force: false }).await.unwrap();
     nodes[1].until("it is primary", |s| s.role == RoleName::Primary && s.epoch.number > epoch).await;
     let other = nodes[1].dir.join("nbd.sock");
