@@ -190,6 +190,10 @@ fn no_path_leads_to_different_data_or_to_a_silent_loss() {
                 "{}",
                 found.broken.unwrap_or_default()
             );
+            assert!(
+                budget.restored > 0 || !found.rows.contains(&Row::R5),
+                "{setting:?}, budget {i}: a disk that was never restored looks as if it went back in time"
+            );
             rows.extend(found.rows);
         }
     }

@@ -869,7 +869,10 @@ impl World {
     fn unpaid(&self, x: usize, y: usize, row: &Row) -> Option<usize> {
         (0..BLOCKS).find(|b| {
             // Both lost power, or the only member of S did: what nobody had flushed may go, as with a single disk.
-            let forgiven = matches!(row, Row::R12 | Row::R7) && self.nodes[x].lost[*b];
+            let only_member = self.nodes[y].meta.state == CopyState::Complete
+                && self.nodes[x].meta.in_sync == 1 << x;
+            let forgiven =
+                (only_member || matches!(row, Row::R12 | Row::R7)) && self.nodes[x].lost[*b];
             !self.includes(self.nodes[x].blocks[*b], self.nodes[y].owed[*b]) && !forgiven
         })
     }
@@ -929,6 +932,8 @@ impl World {
         let met_before = self.nodes[x].meta.known_incarnation;
         self.introduce(x);
         self.nodes[x].meta.known_incarnation = met_before;
+        // A target may come out at an earlier position than it went in.
+        self.nodes[x].meta.known_durable = (GenerationId(0), 0);
         if same_disk {
             let m = &mut self.nodes[x].meta;
             m.known_counter = m.known_counter.max(counter_before);
