@@ -4,8 +4,8 @@ use crate::api::Payload;
 use bytes::{Bytes, BytesMut};
 use std::collections::VecDeque;
 
-/// Shared payloads from this size on are handed to QUIC as they are. Below, one copy costs less than the many small pieces, which
-/// QUIC walks through for every packet it fills (measured; docs/link.md).
+/// Shared payloads from this size on are handed to QUIC as they are. Below they are gathered: QUIC walks through its
+/// list of unacknowledged pieces for every packet it fills, so the list is kept short.
 const ZERO_COPY_FROM: usize = 16 << 10;
 /// Size of the pieces that copies are gathered into.
 const PIECE: usize = 64 << 10;
