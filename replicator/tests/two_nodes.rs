@@ -193,3 +193,42 @@ async fn metrics_and_events_tell_what_happened() {
     first.stop().await;
     second.stop().await;
 }
+
+#[tokio::test]
+async fn parked_writes_take_no_memory_from_reads() {
+    let root = tempfile::tempdir().unwrap();
+    let settings = Settings { on_peer_loss: "suspend", size: 64 << 20, ..Settings::default() };
+    let mut nodes = two_nodes(root.path());
+    for node in &nodes {
+        node.create(&settings);
+    }
+    start_both(&mut nodes, &settings).await;
+    nodes[0].command(Command::Promote { force: false }).await.unwrap();
+    nodes[1].stop().await;
+    // More than all memory for clients together; each connection blocks once its share is used up.
+    let socket = nodes[0].dir.join("nbd.sock");
+    let writers: Vec<_> = (0..4)
+        .map(|number| {
+            let socket = socket.clone();
+            std::thread::spawn(move || {
+                let mut nbd = Nbd::open(&socket, "data").unwrap();
+                for at in 0..32u64 {
+                    // Ends with an error when the node is demoted below.
+                    if nbd.send_write((at * 2 + number / 2) << 20 & (63 << 20), &[1; 1 << 20]).is_err() {
+                        return;
+                    }
+                }
+            })
+        })
+        .collect();
+    nodes[0].until("writes are parked", |s| s.parked).await;
+    let read = blocking(move || {
+        let mut nbd = Nbd::open(&socket, "data").unwrap();
+        (0..64).all(|at| nbd.read(at << 20, 4096).is_ok())
+    });
+    assert!(tokio::time::timeout(std::time::Duration::from_secs(10), read).await.expect("reads go on"));
+    // Demotion ends what is parked.
+    nodes[0].command(Command::Demote).await.unwrap();
+    blocking(move || writers.into_iter().for_each(|writer| writer.join().unwrap())).await;
+    nodes[0].stop().await;
+}

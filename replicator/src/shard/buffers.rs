@@ -4,7 +4,7 @@
 //! Memory returns with the last one, so nothing here can free what a device still writes to.
 
 use super::memory::Memory;
-use super::receive::Receipt;
+use super::budget::Receipt;
 use holdfast_disk::{Buf, ReadBuf};
 use holdfast_frontend::Buffer;
 use holdfast_replicator_core::api::BufId;
@@ -18,6 +18,8 @@ pub struct ClientBuf {
     pub(super) buf: Buf,
     pub(super) start: usize,
     pub(super) len: usize,
+    /// Its share of the service's budget for clients.
+    pub(super) receipt: Option<Receipt>,
 }
 
 impl Buffer for ClientBuf {

@@ -5,6 +5,7 @@
 //! tasks that wait for ring, link and time. It works until nothing more follows, then submits all disk requests with
 //! one system call and lets the link send. A write thus crosses no thread between its arrival and its submissions.
 
+use super::budget::Receipt;
 use super::buffers::ClientBuf;
 use super::link::LinkPort;
 use super::memory::Memory;
@@ -33,7 +34,7 @@ struct Incoming {
     service: usize,
     volume: VolumeIndex,
     request: Request<ClientBuf>,
-    read_into: Option<Buf>,
+    read_into: Option<(Buf, Receipt)>,
     completion: Completion<ClientBuf>,
 }
 
@@ -96,7 +97,7 @@ impl Shard {
         service: usize,
         volume: VolumeIndex,
         request: Request<ClientBuf>,
-        read_into: Option<Buf>,
+        read_into: Option<(Buf, Receipt)>,
         completion: Completion<ClientBuf>,
     ) {
         self.incoming.borrow_mut().push_back(Incoming { service, volume, request, read_into, completion });

@@ -1,5 +1,6 @@
 //! What an application may open: the volumes of services that this node is primary of, by epoch.
 
+use super::budget::Budget;
 use super::buffers::ClientBuf;
 use super::driver::Shard;
 use super::requests::covering;
@@ -22,6 +23,8 @@ pub struct Export {
     sector: u32,
     info: ExportInfo,
     closed: CloseSignal,
+    writes: Rc<Budget>,
+    reads: Rc<Budget>,
 }
 
 /// The exports of a service that clients opened in the present epoch.
@@ -52,18 +55,11 @@ impl OpenExports {
 
     /// The export of that volume, made when the first client asks. `size` may have grown since: then a new one is made
     /// and earlier sessions keep theirs.
-    fn get(&mut self, shard: &Rc<Shard>, service: usize, volume: VolumeIndex, info: ExportInfo, sector: u32) -> Rc<Export> {
-        if let Some(export) = self.open.iter().find(|export| export.volume == volume && export.info == info) {
+    fn get(&mut self, volume: VolumeIndex, info: &ExportInfo, make: impl FnOnce() -> Export) -> Rc<Export> {
+        if let Some(export) = self.open.iter().find(|export| export.volume == volume && export.info == *info) {
             return export.clone();
         }
-        let export = Rc::new(Export {
-            shard: Rc::downgrade(shard),
-            service,
-            volume,
-            sector,
-            info,
-            closed: CloseSignal::new(),
-        });
+        let export = Rc::new(make());
         self.open.push(export.clone());
         export
     }
@@ -89,8 +85,12 @@ impl Volume for Export {
         if !shard.memory.can_ever(whole) {
             return Poll::Ready(Err(IoError::new(IoErrorKind::NoMemory, "the request is larger than the shard's memory")));
         }
+        if self.writes.poll_room(cx, whole).is_pending() {
+            return Poll::Pending;
+        }
         shard.memory.poll_client(cx, whole).map(|buf| {
-            Ok(ClientBuf { buf, start: (offset - from) as usize, len: len as usize })
+            let receipt = Some(self.writes.take(whole));
+            Ok(ClientBuf { buf, start: (offset - from) as usize, len: len as usize, receipt })
         })
     }
 
@@ -105,18 +105,24 @@ impl Volume for Export {
         };
         let (from, to) = covering(offset, u64::from(len), self.sector);
         let whole = (to - from) as usize;
-        if let Some(buf) = shard.memory.try_client(whole) {
-            return shard.submit(self.service, self.volume, request, Some(buf), completion);
+        if self.reads.has_room(whole)
+            && let Some(buf) = shard.memory.try_client(whole)
+        {
+            let read_into = Some((buf, self.reads.take(whole)));
+            return shard.submit(self.service, self.volume, request, read_into, completion);
         }
         if !shard.memory.can_ever(whole) {
             return completion.fail(IoError::new(IoErrorKind::NoMemory, "the request is larger than the shard's memory"));
         }
         // Memory is short: the read waits its turn on its own.
-        let (service, volume) = (self.service, self.volume);
+        let (service, volume, reads) = (self.service, self.volume, self.reads.clone());
         tokio::task::spawn_local(async move {
+            poll_fn(|cx| reads.poll_room(cx, whole)).await;
+            // Its share first: others that wait see it taken.
+            let receipt = reads.take(whole);
             let buf = poll_fn(|cx| shard.memory.poll_client(cx, whole)).await;
             if !completion.is_abandoned() {
-                shard.submit(service, volume, request, Some(buf), completion);
+                shard.submit(service, volume, request, Some((buf, receipt)), completion);
                 shard.pump();
             }
         });
@@ -187,7 +193,18 @@ impl Exports for ShardExports {
                 block_sizes: BlockSizes { minimum: 1, preferred: sector.max(4096), maximum: MAX_REQUEST_BYTES.min(MAX_BUF as u32 / 2) },
                 description: describe(&service.name, &files.name, service.epoch).into(),
             };
-            Ok(service.exports.get(&self.shard, service.index, VolumeIndex(at as u16), info, sector))
+            let volume = VolumeIndex(at as u16);
+            let (index, writes, reads) = (service.index, service.write_budget.clone(), service.read_budget.clone());
+            Ok(service.exports.get(volume, &info, || Export {
+                shard: Rc::downgrade(&self.shard),
+                service: index,
+                volume,
+                sector,
+                info: info.clone(),
+                closed: CloseSignal::new(),
+                writes,
+                reads,
+            }))
         })
     }
 }

@@ -3,7 +3,7 @@
 use super::buffers::Entry;
 use super::driver::Shard;
 use super::memory::Memory;
-use super::receive::{ReceiveBudget, ReceiveBuf};
+use super::budget::{Budget, ReceiveBuf};
 use super::service::Service;
 use crate::control::protocol::LevelName;
 use crate::events::EventLog;
@@ -43,7 +43,7 @@ struct Inbox {
     memory: Rc<Memory>,
     log: EventLog,
     routes: RefCell<HashMap<PeerRef, Route>>,
-    budgets: RefCell<HashMap<Uuid, Rc<ReceiveBudget>>>,
+    budgets: RefCell<HashMap<Uuid, Rc<Budget>>>,
     events: RefCell<VecDeque<LinkEvent<ReceiveBuf>>>,
     /// Sessions in which a frame could not be read: what follows it in them is not looked at.
     bad: RefCell<HashSet<u64>>,
@@ -68,7 +68,7 @@ impl LinkHandler for Handler {
     async fn alloc(&self, service: Uuid, _header: &FrameHeader, len: usize) -> ReceiveBuf {
         let budget = self.0.budgets.borrow().get(&service).cloned();
         // A service without a budget has no stream; the smallest budget lets one payload in.
-        let budget = budget.unwrap_or_else(|| ReceiveBudget::new(0));
+        let budget = budget.unwrap_or_else(|| Budget::new(0));
         budget.alloc(&self.0.memory, len).await
     }
 
@@ -120,7 +120,7 @@ impl LinkPort {
 
     /// Takes streams of this service's peers from here on; `receive_bytes` is the budget of each.
     pub fn add_service(&self, at: usize, service: Uuid, receive_bytes: u64, peers: &[(Slot, Uuid)]) {
-        let budget = ReceiveBudget::new(receive_bytes as usize * peers.len());
+        let budget = Budget::new(receive_bytes as usize * peers.len());
         self.inbox.budgets.borrow_mut().insert(service, budget);
         let mut routes = self.inbox.routes.borrow_mut();
         for (slot, node) in peers {

@@ -3,7 +3,7 @@
 //! One arena serves all (it is registered with the disk ring as a whole). Clients get what the budgets leave over
 //! and wait when it is used up: their sockets are then not read. What the core asks for and what peers send comes
 //! out of a reserve that clients cannot touch; peers are bounded by a budget of their own per session
-//! ([`super::receive`]). So a flood of client writes never keeps an acknowledgement's data out, nor the reverse.
+//! ([`super::budget`]). So a flood of client writes never keeps an acknowledgement's data out, nor the reverse.
 
 use holdfast_disk::{Buf, BufPool, PoolOptions, Priority};
 use holdfast_replicator_core::api::Tuning;
@@ -13,8 +13,9 @@ use std::io;
 use std::task::{Context, Poll, Waker};
 use tokio::sync::Notify;
 
-/// Bytes for client requests on one shard.
+/// Bytes for client requests on one shard, at least, and for each of its services.
 const CLIENT_BYTES: usize = 96 << 20;
+const CLIENT_BYTES_EACH: usize = 48 << 20;
 /// Bytes the core may need for one service beside its resync window: undo, verify.
 const CORE_BYTES: usize = 32 << 20;
 /// Bytes of one arena that is added when the reserve is used up.
@@ -31,12 +32,21 @@ pub struct Budgets {
 impl Budgets {
     /// What these services need together; `peers` is the number of peers of each.
     pub fn of<'a>(services: impl Iterator<Item = (&'a Tuning, usize)>) -> Budgets {
+        let mut count = 0;
         let internal = services
             .map(|(tuning, peers)| {
+                count += 1;
                 peers * (tuning.receive_bytes as usize + tuning.resync_window_bytes as usize) + CORE_BYTES
             })
             .sum();
-        Budgets { client: CLIENT_BYTES, internal }
+        Budgets { client: CLIENT_BYTES.max(count * CLIENT_BYTES_EACH), internal }
+    }
+
+    /// What the clients of one of `services` services may hold: for writes, and for reads. Writes that are parked thus leave
+    /// room for reads, and for other services.
+    pub fn of_clients(self, services: usize) -> (usize, usize) {
+        let each = self.client / services.max(1);
+        (each / 4 * 3, each / 4)
     }
 }
 

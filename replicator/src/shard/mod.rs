@@ -1,13 +1,13 @@
 //! One shard: a thread that owns a disk ring, a link endpoint, the frontends and the cores of its services.
 
 mod acks;
+mod budget;
 mod buffers;
 mod driver;
 mod exports;
 pub mod handle;
 mod link;
 pub mod memory;
-mod receive;
 mod requests;
 mod service;
 mod start;

@@ -4,6 +4,7 @@
 //! read-modify-write of that sector under the core's lock. The application gets one answer when the last part ends.
 
 use super::buffers::{BufTable, ClientBuf, Entry};
+use super::budget::Receipt;
 use super::memory::Memory;
 use holdfast_disk::{Buf, ReadBuf};
 use holdfast_frontend::{Completion, Extent, IoError, IoErrorKind, Output, Request};
@@ -61,6 +62,8 @@ struct Parent {
     status: Status,
     read: Option<ClientBuf>,
     target: Option<ReadBuf>,
+    /// A write's share of the budget for clients, held until it is answered.
+    receipt: Option<Receipt>,
 }
 
 enum Part {
@@ -107,7 +110,7 @@ impl Requests {
         shape: Shape,
         offset: u64,
         len: u32,
-        mut buf: Buf,
+        (mut buf, receipt): (Buf, Receipt),
         completion: Completion<ClientBuf>,
         sink: &mut Sink,
     ) {
@@ -138,7 +141,8 @@ impl Requests {
             at += length as u64;
         }
         let parent = &mut self.parents[parent];
-        parent.read = Some(ClientBuf { buf, start: (offset - from) as usize, len: len as usize });
+        parent.read =
+            Some(ClientBuf { buf, start: (offset - from) as usize, len: len as usize, receipt: Some(receipt) });
         parent.target = Some(target);
     }
 
@@ -202,13 +206,14 @@ impl Requests {
         now: Time,
         shape: Shape,
         offset: u64,
-        buffer: ClientBuf,
+        mut buffer: ClientBuf,
         fua: bool,
         completion: Completion<ClientBuf>,
         sink: &mut Sink,
     ) {
         let len = buffer.len as u64;
         let parent = self.parent(now, Kind::Write, shape.volume, len, completion);
+        self.parents[parent].receipt = buffer.receipt.take();
         let (from, to) = inside(offset, len, shape.sector);
         let mut at = from;
         while at < to {
@@ -308,6 +313,7 @@ impl Requests {
             status: Status::Ok,
             read: None,
             target: None,
+            receipt: None,
         })
     }
 

@@ -1,6 +1,7 @@
 //! One service on its shard: feeds the core with events and carries out what it answers, in the order given.
 
 use super::acks::AckTimes;
+use super::budget::{Budget, Receipt};
 use super::buffers::{BufTable, ClientBuf, Entry};
 use super::exports::OpenExports;
 use super::link::{LinkPort, PeerRef};
@@ -20,6 +21,7 @@ use holdfast_wire_format::frame::{Body, FrameKind};
 use holdfast_wire_format::ids::{Epoch, Slot, VolumeIndex};
 use slab::Slab;
 use std::collections::VecDeque;
+use std::rc::Rc;
 use tokio::sync::oneshot;
 
 /// A disk that has not answered a request for this long is reported.
@@ -70,6 +72,9 @@ pub(super) struct Service {
     pub volumes: Vec<VolumeFiles>,
     pub peers: Vec<PeerState>,
     pub exports: OpenExports,
+    /// What its clients may hold in requests.
+    pub write_budget: Rc<Budget>,
+    pub read_budget: Rc<Budget>,
     pub role: Role,
     pub epoch: Epoch,
     /// What the core has not heard yet.
@@ -137,6 +142,7 @@ impl Service {
         attached: Actions,
         volumes: Vec<VolumeFiles>,
         peers: Vec<PeerState>,
+        (write_bytes, read_bytes): (usize, usize),
     ) -> Service {
         Service {
             index,
@@ -147,6 +153,8 @@ impl Service {
             volumes,
             peers,
             exports: OpenExports::default(),
+            write_budget: Budget::new(write_bytes),
+            read_budget: Budget::new(read_bytes),
             role: Role::Secondary,
             epoch: Epoch::NONE,
             events: VecDeque::with_capacity(256),
@@ -165,7 +173,7 @@ impl Service {
         around: &Surroundings,
         volume: VolumeIndex,
         request: Request<ClientBuf>,
-        read_into: Option<holdfast_disk::Buf>,
+        read_into: Option<(holdfast_disk::Buf, Receipt)>,
         completion: Completion<ClientBuf>,
     ) {
         let Some(files) = self.volumes.get(volume.0 as usize) else {

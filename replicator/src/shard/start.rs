@@ -130,6 +130,7 @@ async fn bring_up(
     metrics: &Metrics,
 ) -> Result<Up, StartError> {
     let budgets = Budgets::of(config.services.iter().map(|service| (&service.tuning, service.peers.len())));
+    let shares = budgets.of_clients(config.services.len());
     let memory = Rc::new(Memory::new(budgets).map_err(StartError::Memory)?);
     let ring = Ring::new(RingOptions::default(), memory.pool())?;
     let node = identity.id();
@@ -153,7 +154,7 @@ async fn bring_up(
     let mut hints = Hints::load(&config.node.state_dir);
     let mut hints_changed = false;
     for (at, (service, peers)) in config.services.iter().zip(&peer_lists).enumerate() {
-        attach(&shard, config, service, at, node, peers, &mut hints, &mut hints_changed, metrics, &names)?;
+        attach(&shard, config, service, at, node, peers, &mut hints, &mut hints_changed, metrics, &names, shares)?;
     }
     if hints_changed && let Err(error) = hints.store(&config.node.state_dir) {
         // A help for the day a device grows, no more.
@@ -220,6 +221,7 @@ fn attach(
     hints_changed: &mut bool,
     metrics: &Metrics,
     names: &dyn Fn(Uuid) -> Option<String>,
+    client_bytes: (usize, usize),
 ) -> Result<(), StartError> {
     let mut opened = Vec::with_capacity(service.volumes.len());
     for volume in &service.volumes {
@@ -311,6 +313,7 @@ fn attach(
         actions,
         volumes,
         peer_states,
+        client_bytes,
     ));
     tracing::info!(service = service.name, state = ?status.state, position = status.position, "service attached");
     Ok(())

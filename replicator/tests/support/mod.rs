@@ -234,6 +234,18 @@ impl Nbd {
         self.request(if fua { FUA } else { 0 }, 1, offset, data.len() as u32, data, 0).map(drop)
     }
 
+    /// Sends a write and does not wait for its answer.
+    pub fn send_write(&mut self, offset: u64, data: &[u8]) -> std::io::Result<()> {
+        let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
+        request.extend(0u16.to_be_bytes());
+        request.extend(1u16.to_be_bytes());
+        request.extend(offset.to_be_bytes());
+        request.extend(offset.to_be_bytes());
+        request.extend((data.len() as u32).to_be_bytes());
+        request.extend(data);
+        self.stream.write_all(&request)
+    }
+
     pub fn flush(&mut self) -> Result<(), u32> {
         self.request(0, 3, 0, 0, &[], 0).map(drop)
     }

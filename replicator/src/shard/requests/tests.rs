@@ -37,7 +37,7 @@ impl Model {
         let mut buf = self.memory.internal((to - from) as usize).unwrap();
         let start = (offset - from) as usize;
         buf.get_mut().unwrap()[start..start + bytes.len()].copy_from_slice(bytes);
-        ClientBuf { buf, start, len: bytes.len() }
+        ClientBuf { buf, start, len: bytes.len(), receipt: None }
     }
 
     fn start(&mut self, request: Request<ClientBuf>) -> Result<Output<ClientBuf>, IoError> {

@@ -1,4 +1,5 @@
-//! Memory for what peers send: a budget per service, felt by the peer as a stream that is not read.
+//! Budgets: how many bytes a service's peers and its clients may hold, so that one service, parked or flooded, never takes
+//! the memory of another. A peer feels it as a stream that is not read, a client as a socket that is not read.
 
 use super::memory::Memory;
 use holdfast_disk::Buf;
@@ -6,18 +7,18 @@ use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::{Context, Poll, Waker};
 
-/// Bytes of one service that were received and are not applied yet.
-pub(super) struct ReceiveBudget {
+/// Bytes that one kind of work of one service may hold.
+pub(super) struct Budget {
     limit: usize,
     used: Cell<usize>,
     waiting: RefCell<VecDeque<Waker>>,
 }
 
-/// A received payload's share of its budget, given back when dropped.
+/// A share of a budget, given back when dropped.
 pub(super) struct Receipt {
-    budget: Rc<ReceiveBudget>,
+    budget: Rc<Budget>,
     bytes: usize,
 }
 
@@ -33,24 +34,15 @@ impl AsMut<[u8]> for ReceiveBuf {
     }
 }
 
-impl ReceiveBudget {
-    pub fn new(limit: usize) -> Rc<ReceiveBudget> {
-        Rc::new(ReceiveBudget { limit, used: Cell::new(0), waiting: RefCell::new(VecDeque::new()) })
+impl Budget {
+    pub fn new(limit: usize) -> Rc<Budget> {
+        Rc::new(Budget { limit, used: Cell::new(0), waiting: RefCell::new(VecDeque::new()) })
     }
 
     /// A buffer of `len` bytes once the budget allows it. One larger than the whole budget is let in alone.
     pub async fn alloc(self: &Rc<Self>, memory: &Memory, len: usize) -> ReceiveBuf {
-        let receipt = poll_fn(|cx| match self.take(len) {
-            Some(receipt) => Poll::Ready(receipt),
-            None => {
-                let mut waiting = self.waiting.borrow_mut();
-                if !waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
-                    waiting.push_back(cx.waker().clone());
-                }
-                Poll::Pending
-            }
-        })
-        .await;
+        poll_fn(|cx| self.poll_room(cx, len)).await;
+        let receipt = self.take(len);
         loop {
             match memory.internal(len) {
                 Ok(buf) => return ReceiveBuf { buf, receipt },
@@ -63,20 +55,41 @@ impl ReceiveBudget {
         }
     }
 
-    fn take(self: &Rc<Self>, bytes: usize) -> Option<Receipt> {
+    /// Whether so many bytes may be taken now. What is larger than the whole budget may be taken alone.
+    pub fn has_room(&self, bytes: usize) -> bool {
         let used = self.used.get();
-        if used > 0 && used + bytes > self.limit {
-            return None;
+        used == 0 || used + bytes <= self.limit
+    }
+
+    /// As [`Self::has_room`]; when pending, the task is woken once it is worth asking again.
+    pub fn poll_room(&self, cx: &mut Context<'_>, bytes: usize) -> Poll<()> {
+        if self.has_room(bytes) {
+            return Poll::Ready(());
         }
-        self.used.set(used + bytes);
-        Some(Receipt { budget: self.clone(), bytes })
+        let mut waiting = self.waiting.borrow_mut();
+        if !waiting.iter().any(|waker| waker.will_wake(cx.waker())) {
+            waiting.push_back(cx.waker().clone());
+        }
+        Poll::Pending
+    }
+
+    /// Takes them, room or not: who asks looked before.
+    pub fn take(self: &Rc<Self>, bytes: usize) -> Receipt {
+        self.used.set(self.used.get() + bytes);
+        Receipt { budget: self.clone(), bytes }
+    }
+}
+
+impl std::fmt::Debug for Receipt {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        write!(f, "Receipt({} bytes)", self.bytes)
     }
 }
 
 impl Drop for Receipt {
     fn drop(&mut self) {
         self.budget.used.set(self.budget.used.get() - self.bytes);
-        // All of them: who does not fit waits again, and there is one stream per peer.
+        // All of them: who does not fit waits again.
         for waker in self.budget.waiting.borrow_mut().drain(..) {
             waker.wake();
         }
@@ -87,12 +100,11 @@ impl Drop for Receipt {
 mod tests {
     use super::*;
     use crate::shard::memory::Budgets;
-    use std::task::Context;
 
     #[test]
     fn a_full_budget_waits_and_what_is_given_back_wakes() {
         let memory = Memory::new(Budgets { client: 1 << 20, internal: 4 << 20 }).unwrap();
-        let budget = ReceiveBudget::new(8192);
+        let budget = Budget::new(8192);
         let mut cx = Context::from_waker(Waker::noop());
         let mut poll = |len| match Box::pin(budget.alloc(&memory, len)).as_mut().poll(&mut cx) {
             Poll::Ready(buf) => Some(buf),
