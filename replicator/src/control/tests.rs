@@ -108,7 +108,10 @@ impl Running {
         Client::connect(&self.path()).unwrap()
     }
     fn raw(&self) -> BufReader<UnixStream> {
-        BufReader::new(UnixStream::connect(self.path()).unwrap())
+        let stream = UnixStream::connect(self.path()).unwrap();
+        // A server that says nothing fails the test instead of hanging it.
+        stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        BufReader::new(stream)
     }
     fn stop(&mut self) {
         drop(self.stop.take());

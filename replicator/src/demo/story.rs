@@ -421,10 +421,11 @@ fn compare_files(
     const PIECE: usize = 1 << 20;
     for offset in (0..VOLUME_BYTES).step_by(PIECE) {
         let (left, right) = (read(0, offset, PIECE)?, read(1, offset, PIECE)?);
-        if let Some(at) = left.iter().zip(&right).position(|(left, right)| left != right) {
+        if left != right {
+            let at = left.iter().zip(&right).position(|(left, right)| left != right);
             return Err(DemoError::Broken(format!(
                 "the copies differ at byte {}",
-                offset + at as u64
+                offset + at.unwrap_or_default() as u64
             )));
         }
     }
