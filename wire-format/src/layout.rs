@@ -78,7 +78,10 @@ impl Layout {
         if sector_size != 512 && sector_size != 4096 {
             return Err(LayoutError::SectorSize(sector_size));
         }
-        if data_size == 0 || data_size > MAX_DATA_SIZE || data_size % u64::from(sector_size) != 0 {
+        if data_size == 0
+            || data_size > MAX_DATA_SIZE
+            || !data_size.is_multiple_of(u64::from(sector_size))
+        {
             return Err(LayoutError::DataSize(data_size));
         }
         if !(12..=24).contains(&grain_shift) {
