@@ -74,7 +74,8 @@ pub struct SuperblockReport {
     pub in_sync_version: u64,
     pub in_sync_pending: Vec<u8>,
     pub position_at_least: u64,
-    pub position_at_most: u64,
+    /// Position at which the current generation began.
+    pub generation_base: u64,
     pub generations: Vec<GenerationReport>,
     pub generations_cut: bool,
     pub peers: Vec<PeerRecordReport>,
@@ -294,7 +295,7 @@ fn report(block: &Superblock, slot_used: u8) -> SuperblockReport {
         in_sync_version: block.in_sync_version,
         in_sync_pending: slots(block.in_sync_pending),
         position_at_least: block.position,
-        position_at_most: block.position_limit,
+        generation_base: block.generation_base,
         generations: block.generations.iter().map(GenerationReport::from).collect(),
         generations_cut: block.generations_cut,
         peers: block

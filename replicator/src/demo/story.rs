@@ -17,6 +17,9 @@ const VOLUME_BYTES: u64 = 256 << 20;
 /// would stay below a quarter of the volume.
 const HISTORY_OFFSET: u64 = filesystem::SIZE;
 const HISTORY_BYTES: u64 = 24 << 20;
+/// Written first after the promotion.
+const LAST_BLOCK: u64 = VOLUME_BYTES - 4096;
+const FIRST_WORDS: [u8; 4096] = [0xA5; 4096];
 /// Connections that write at the same time.
 const WRITERS: usize = 6;
 /// The primary is not killed before this many writes were acknowledged, and this long after the first.
@@ -95,10 +98,11 @@ pub fn tell(
 
     fail_over(&beta, killed, figures)?;
     teller.say(&format!(
-        "{} promoted, unforced: peer missed after {}, promoted in {}",
+        "{} promoted, unforced: peer missed after {}, promoted in {}, first write {} after the kill",
         beta.name,
         render::span(figures.detect_ms),
-        render::span(figures.promote_ms)
+        render::span(figures.promote_ms),
+        render::span(figures.outage_ms)
     ));
 
     let mut client = beta.nbd()?;
@@ -121,12 +125,11 @@ pub fn tell(
     teller.say(&format!("the filesystem is {judged}"));
     client.disconnect()?;
 
-    let after = write_alone(&beta, &mut history, random.next(), killed, figures)?;
+    let after = write_alone(&beta, &mut history, random.next(), figures)?;
     teller.say(&format!(
-        "{} wrote {} more, alone; first write {} after the kill",
+        "{} wrote {} more, alone",
         beta.name,
-        megabytes(after.acknowledged_bytes),
-        render::span(figures.outage_ms)
+        megabytes(after.acknowledged_bytes)
     ));
 
     come_back(&mut alpha, &beta, figures)?;
@@ -286,7 +289,7 @@ fn crash(
     Ok(killed)
 }
 
-/// Promotes the survivor, without force, and has it answer a read.
+/// Promotes the survivor, without force, and has it answer a read and a write.
 fn fail_over(beta: &Node, killed: Instant, figures: &mut Figures) -> Result<(), DemoError> {
     beta.until_service("it missed its peer", |service| {
         service
@@ -301,6 +304,12 @@ fn fail_over(beta: &Node, killed: Instant, figures: &mut Figures) -> Result<(), 
     let mut client = beta.nbd()?;
     client.read(HISTORY_OFFSET, 4096)?;
     figures.promote_ms = millis(asked.elapsed());
+    // Beyond the filesystem and the history, so that both can be checked as they were at the kill.
+    client.write(LAST_BLOCK, &FIRST_WORDS)?;
+    figures.outage_ms = millis(killed.elapsed());
+    if client.read(LAST_BLOCK, FIRST_WORDS.len())? != FIRST_WORDS {
+        return Err(DemoError::Broken("the first write after the promotion reads back wrong".into()));
+    }
     Ok(client.disconnect()?)
 }
 
@@ -309,18 +318,10 @@ fn write_alone(
     beta: &Node,
     history: &mut History,
     seed: u64,
-    killed: Instant,
     figures: &mut Figures,
 ) -> Result<LoadReport, DemoError> {
-    let first = AtomicU64::new(0);
-    let enough = |writes, written| {
-        if writes > 0 && first.load(Ordering::Relaxed) == 0 {
-            first.store(millis(killed.elapsed()), Ordering::Relaxed);
-        }
-        written >= BYTES_AFTER
-    };
+    let enough = |_, written| written >= BYTES_AFTER;
     let (report, ()) = load(beta, history, seed, enough, || Ok(()))?;
-    figures.outage_ms = first.load(Ordering::Relaxed);
     figures.written_after_promotion_bytes = report.acknowledged_bytes;
     if !report.broken.is_empty() || report.acknowledged_bytes < BYTES_AFTER {
         return Err(DemoError::Broken(format!(
