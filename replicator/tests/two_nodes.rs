@@ -3,6 +3,8 @@
 mod support;
 
 use holdfast_replicator::control::protocol::{LinkName, RoleName, ServiceReport, StateName};
+use holdfast_replicator::control::node::Node as _;
+use holdfast_replicator::create::{CreateOptions, create};
 use holdfast_replicator_core::api::Command;
 use std::collections::BTreeMap;
 use support::{Nbd, Settings, TestNode, blocking, two_nodes};
@@ -148,7 +150,6 @@ async fn a_copy_that_was_away_takes_what_it_missed() {
 
 #[tokio::test]
 async fn metrics_and_events_tell_what_happened() {
-    use holdfast_replicator::control::node::Node as _;
     use std::io::{Read, Write};
     let root = tempfile::tempdir().unwrap();
     let settings = Settings::default();
@@ -195,40 +196,47 @@ async fn metrics_and_events_tell_what_happened() {
 }
 
 #[tokio::test]
-async fn parked_writes_take_no_memory_from_reads() {
+async fn a_service_on_hold_takes_no_memory_from_another() {
     let root = tempfile::tempdir().unwrap();
-    let settings = Settings { on_peer_loss: "suspend", size: 64 << 20, ..Settings::default() };
-    let mut nodes = two_nodes(root.path());
-    for node in &nodes {
-        node.create(&settings);
-    }
-    start_both(&mut nodes, &settings).await;
-    nodes[0].command(Command::Promote { force: false }).await.unwrap();
-    nodes[1].stop().await;
-    // More than all memory for clients together; each connection blocks once its share is used up.
-    let socket = nodes[0].dir.join("nbd.sock");
+    let settings = Settings { size: 64 << 20, ..Settings::default() };
+    let [mut node, _] = two_nodes(root.path());
+    let second = format!(
+        "[[service]]\nname = \"web\"\nid = \"5e51ce00000000000000000000000002\"\nslot = 0\n\
+         [[service.volume]]\nname = \"pages\"\nbacking = {:?}\nsize = \"16MiB\"\n",
+        node.dir.join("pages.img")
+    );
+    node.more = second;
+    node.create(&settings);
+    create(&node.config(&settings, None), "web", &CreateOptions::default()).unwrap();
+    node.start(&settings, None).await;
+    let handle = node.replicator.as_ref().unwrap().handle().clone();
+    node.command(Command::Promote { force: true }).await.unwrap();
+    handle.command("web", Command::Promote { force: true }).await.unwrap();
+    node.command(Command::SuspendIo).await.unwrap();
+    // More than all memory for clients together; each connection blocks once there is no more for it.
+    let socket = node.dir.join("nbd.sock");
     let writers: Vec<_> = (0..4)
         .map(|number| {
             let socket = socket.clone();
             std::thread::spawn(move || {
                 let mut nbd = Nbd::open(&socket, "data").unwrap();
                 for at in 0..32u64 {
-                    // Ends with an error when the node is demoted below.
-                    if nbd.send_write((at * 2 + number / 2) << 20 & (63 << 20), &[1; 1 << 20]).is_err() {
+                    // Ends with an error when the node is stopped below.
+                    if nbd.send_write(((at * 2 + number / 2) % 64) << 20, &[1; 1 << 20]).is_err() {
                         return;
                     }
                 }
             })
         })
         .collect();
-    nodes[0].until("writes are parked", |s| s.parked).await;
-    let read = blocking(move || {
-        let mut nbd = Nbd::open(&socket, "data").unwrap();
-        (0..64).all(|at| nbd.read(at << 20, 4096).is_ok())
+    let other = blocking(move || {
+        let mut nbd = Nbd::open(&socket, "pages").unwrap();
+        let step = |at: u64| nbd.write((at % 16) << 20, &[2; 8192], false).and_then(|()| nbd.read((at % 16) << 20, 8192));
+        (0..3000).map(step).all(|read| read.is_ok_and(|bytes| bytes == [2; 8192]))
     });
-    assert!(tokio::time::timeout(std::time::Duration::from_secs(10), read).await.expect("reads go on"));
-    // Demotion ends what is parked.
-    nodes[0].command(Command::Demote).await.unwrap();
+    let fine = tokio::time::timeout(std::time::Duration::from_secs(20), other).await;
+    assert!(fine.expect("the other service goes on"));
+    node.command(Command::ResumeIo).await.unwrap();
     blocking(move || writers.into_iter().for_each(|writer| writer.join().unwrap())).await;
-    nodes[0].stop().await;
+    node.stop().await;
 }

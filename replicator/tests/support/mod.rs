@@ -25,6 +25,8 @@ pub struct TestNode {
     pub id: String,
     peer: String,
     peer_slot: u8,
+    /// Further services, as they stand in the configuration.
+    pub more: String,
     pub replicator: Option<Replicator>,
 }
 
@@ -81,6 +83,7 @@ pub fn two_nodes(root: &Path) -> [TestNode; 2] {
         id: made[at].0.id().to_string(),
         peer: made[other].0.id().to_string(),
         peer_slot: made[other].2,
+        more: String::new(),
         replicator: None,
     };
     [node(0, 1), node(1, 0)]
@@ -99,7 +102,7 @@ impl TestNode {
              [nbd]\nunix = {:?}\n\
              [[service]]\nname = \"db\"\nid = {SERVICE_ID:?}\nslot = {}\nmode = {:?}\non_peer_loss = {:?}\n\
              [[service.volume]]\nname = \"data\"\nbacking = {:?}\nmetadata = {metadata:?}\nsize = {}\nsector_size = 512\n\
-             [[service.peer]]\nnode = {:?}\nslot = {}\naddresses = [{addresses}]\n",
+             [[service.peer]]\nnode = {:?}\nslot = {}\naddresses = [{addresses}]\n{}",
             self.name,
             dir.join("state"),
             dir.join("control.sock"),
@@ -111,6 +114,7 @@ impl TestNode {
             settings.size,
             self.peer,
             self.peer_slot,
+            self.more,
         );
         Config::parse(&text, &dir.join("holdfast.toml")).unwrap()
     }
