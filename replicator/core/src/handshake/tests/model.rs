@@ -850,7 +850,10 @@ impl World {
             Outcome::Copy(plan) => w.begin_copy(what, plan, d.row, &facts, steps),
             Outcome::Diskless { failed, server } => {
                 let (y, x) = (usize::from(failed.0), usize::from(server.0));
-                if let Some(b) = w.unpaid(x, y, &d.row) {
+                // Whoever forced the server accepted what only the other disk had, and that disk is gone.
+                if !w.forced
+                    && let Some(b) = w.unpaid(x, y, &d.row)
+                {
                     let owed = w.nodes[y].owed[b];
                     steps.push((
                         what.clone(),
@@ -869,8 +872,9 @@ impl World {
     fn unpaid(&self, x: usize, y: usize, row: &Row) -> Option<usize> {
         (0..BLOCKS).find(|b| {
             // Both lost power, or the only member of S did: what nobody had flushed may go, as with a single disk.
-            let only_member = self.nodes[y].meta.state == CopyState::Complete
-                && self.nodes[x].meta.in_sync == 1 << x;
+            let (only_x, only_y) = (1 << x, 1 << y);
+            let only_member =
+                self.nodes[x].meta.in_sync == only_x && self.nodes[y].meta.in_sync & only_y == 0;
             let forgiven =
                 (only_member || matches!(row, Row::R12 | Row::R7)) && self.nodes[x].lost[*b];
             !self.includes(self.nodes[x].blocks[*b], self.nodes[y].owed[*b]) && !forgiven
