@@ -73,12 +73,14 @@ impl Core {
         let Relation::Greeting { sent: None, .. } = self.peers[at].relation else {
             return;
         };
+        // Facts are told when they are durable; every event looks again whether they are.
         if self.commit_pending() {
-            return self.commit(Then::Greet { peer: at, session }, out);
+            return;
         }
         // What an earlier session or role left in flight is finished first: facts are told when they are true.
-        if self.applying() || matches!(self.role, Role::Promoting | Role::Demoting) || self.dropping
-        {
+        // A primary's own writes go on meanwhile: what they are is bits until the meeting is settled.
+        let unfinished = self.role != Role::Primary && self.applying();
+        if unfinished || matches!(self.role, Role::Promoting | Role::Demoting) || self.dropping {
             return;
         }
         self.peers[at].inbox = Inbox {

@@ -170,7 +170,9 @@ impl Core {
         }
         self.peers[at].last_heard = self.now;
         let greeting = matches!(self.peers[at].relation, Relation::Greeting { .. });
-        if !greeting && header.incarnation != self.peers[at].their_incarnation {
+        if !greeting
+            && header.kind != FrameKind::Goodbye
+            && header.incarnation != self.peers[at].their_incarnation {
             self.bad_frame(at, "its incarnation is not the one that said hello", out);
             return None;
         }

@@ -20,11 +20,6 @@ use std::collections::{BTreeMap, VecDeque};
 pub(crate) enum Then {
     Nothing,
     Attached,
-    /// Only for the order: our facts are durable now, tell them.
-    Greet {
-        peer: usize,
-        session: SessionId,
-    },
     TargetRecorded {
         peer: usize,
         session: SessionId,
@@ -369,7 +364,6 @@ impl Core {
         match then {
             Then::Nothing => {}
             Then::Attached => self.attached_durably(out),
-            Then::Greet { peer, session } => self.greet(peer, session, out),
             Then::TargetRecorded { peer, session } => self.target_recorded(peer, session, out),
             Then::SourceRecorded { peer, session } => self.source_recorded(peer, session, out),
             Then::PeerDropped => self.peer_dropped(out),
@@ -593,5 +587,6 @@ impl Core {
         self.demotion_progress(out);
         self.detach_progress(out);
         self.try_promotion(out);
+        self.greet_waiting(out);
     }
 }

@@ -34,6 +34,8 @@ pub struct Disk {
     /// What survives a power cut for certain.
     pub durable: Vec<Vec<u8>>,
     pub meta: BTreeMap<(u16, u64), Vec<u8>>,
+    /// Ranges written since the last flush.
+    pub unflushed: Vec<(usize, usize, usize)>,
 }
 
 pub struct Node {
@@ -150,6 +152,7 @@ impl World {
                 data: volumes.iter().map(|s| vec![0; *s as usize]).collect(),
                 durable: volumes.iter().map(|s| vec![0; *s as usize]).collect(),
                 meta: BTreeMap::new(),
+                unflushed: Vec::new(),
             };
             for (place, bytes) in create(&parameters).unwrap() {
                 disk.meta.insert((place.volume.0, place.offset), bytes);
@@ -209,8 +212,7 @@ impl World {
             tuning: self.tuning,
         };
         let mut out = Vec::new();
-        let disk = self.nodes[n].disk.clone();
-        let core = Core::attach(parameters, &mut &disk, self.now, &mut out).unwrap();
+        let core = Core::attach(parameters, &mut &self.nodes[n].disk, self.now, &mut out).unwrap();
         self.nodes[n].core = Some(core);
         self.actions(n, out);
     }
@@ -230,14 +232,13 @@ impl World {
         let rng = &mut self.rng;
         let node = &mut self.nodes[n];
         if power {
-            for (data, durable) in node.disk.data.iter_mut().zip(&mut node.disk.durable) {
-                for (cache, platter) in data.chunks_mut(512).zip(durable.chunks_mut(512)) {
-                    if cache != platter {
-                        if rng.chance(50) {
-                            cache.copy_from_slice(platter);
-                        } else {
-                            platter.copy_from_slice(cache);
-                        }
+            for (v, o, l) in std::mem::take(&mut node.disk.unflushed) {
+                for at in (o..o + l).step_by(512) {
+                    let (cache, platter) = (&mut node.disk.data[v], &mut node.disk.durable[v]);
+                    if rng.chance(50) {
+                        cache[at..at + 512].copy_from_slice(&platter[at..at + 512]);
+                    } else {
+                        platter[at..at + 512].copy_from_slice(&cache[at..at + 512]);
                     }
                 }
             }
@@ -422,6 +423,7 @@ impl World {
                 let bytes = node.bufs[&buf.0].clone();
                 let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
                 node.disk.data[v][o..o + l].copy_from_slice(&bytes[..l]);
+                node.disk.unflushed.push((v, o, l));
                 if *fua {
                     node.disk.durable[v][o..o + l].copy_from_slice(&bytes[..l]);
                 }
@@ -435,14 +437,21 @@ impl World {
             } => {
                 let (v, o, l) = (volume.0 as usize, *offset as usize, *length as usize);
                 node.disk.data[v][o..o + l].fill(0);
+                node.disk.unflushed.push((v, o, l));
                 if *fua {
                     node.disk.durable[v][o..o + l].fill(0);
                 }
             }
             Action::DiskFlush { volume, .. } => {
-                let v = volume.0 as usize;
-                let data = node.disk.data[v].clone();
-                node.disk.durable[v] = data;
+                let flushed = volume.0 as usize;
+                for (v, o, l) in std::mem::take(&mut node.disk.unflushed) {
+                    if v == flushed {
+                        let bytes = node.disk.data[v][o..o + l].to_vec();
+                        node.disk.durable[v][o..o + l].copy_from_slice(&bytes);
+                    } else {
+                        node.disk.unflushed.push((v, o, l));
+                    }
+                }
             }
             Action::MetaWrite { place, bytes, .. } => {
                 node.disk
