@@ -544,7 +544,9 @@ impl Reader<'_> {
             }
             (RawProfile::Wan, wan) => {
                 let wan = wan.unwrap_or_default();
-                if !(1..=400_000).contains(&wan.bandwidth_mbit) || !(1..=2000).contains(&wan.round_trip_ms) {
+                if !(1..=400_000).contains(&wan.bandwidth_mbit)
+                    || !(1..=2000).contains(&wan.round_trip_ms)
+                {
                     return Err(self.wrong(
                         "node.wan",
                         "a value is out of range",

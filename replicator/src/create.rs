@@ -38,7 +38,11 @@ pub enum VolumeError {
     #[error("there is no service {service} in {}. Nothing was changed; add it there first", file.display())]
     NoService { service: String, file: PathBuf },
     #[error("service {service} has no volume {volume}. Nothing was changed; see {}", file.display())]
-    NoVolume { service: String, volume: String, file: PathBuf },
+    NoVolume {
+        service: String,
+        volume: String,
+        file: PathBuf,
+    },
     #[error(
         "peer {peer} of service {service} is not known to this node. Nothing was changed; let it join (`holdfast token`, \
          `holdfast join`), or name its id in the configuration"
@@ -53,25 +57,47 @@ pub enum VolumeError {
         "volume {volume}: {} holds {found}. Nothing was changed; to keep that data use `holdfast volume adopt`, otherwise wipe \
          it first (wipefs, blkdiscard)", path.display()
     )]
-    NotBlank { volume: String, path: PathBuf, found: String },
+    NotBlank {
+        volume: String,
+        path: PathBuf,
+        found: String,
+    },
     #[error("volume {volume}: {} does not exist, and no size is configured. Nothing was changed; set `size`, or create the device", path.display())]
     NoSize { volume: String, path: PathBuf },
     #[error("volume {volume}: {problem}. Nothing was changed; {next}")]
-    WouldOverwrite { volume: String, problem: String, next: String },
+    WouldOverwrite {
+        volume: String,
+        problem: String,
+        next: String,
+    },
     #[error("volume {volume}: {} offers {available} bytes for data, the configuration asks for {wanted}. Nothing was changed; lower `size` or use a larger device", path.display())]
-    TooSmall { volume: String, path: PathBuf, available: u64, wanted: u64 },
+    TooSmall {
+        volume: String,
+        path: PathBuf,
+        available: u64,
+        wanted: u64,
+    },
     #[error("volume {volume}: {source}. Nothing was changed")]
     Layout { volume: String, source: LayoutError },
     #[error(transparent)]
     Create(#[from] CreateError),
-    #[error("volume {volume}: {source}. Its metadata may be half written and does not count; repeat the command with --overwrite-metadata")]
+    #[error(
+        "volume {volume}: {source}. Its metadata may be half written and does not count; repeat the command with --overwrite-metadata"
+    )]
     Write { volume: String, source: DiskError },
     #[error("volume {volume}: {source}. Nothing was changed")]
     Read { volume: String, source: DiskError },
     #[error("volume {volume} cannot grow: {problem}. Nothing was changed; {next}")]
-    Grow { volume: String, problem: String, next: String },
+    Grow {
+        volume: String,
+        problem: String,
+        next: String,
+    },
     #[error("{what}: {source}")]
-    File { what: String, source: std::io::Error },
+    File {
+        what: String,
+        source: std::io::Error,
+    },
 }
 
 /// What may be chosen when metadata is made.
@@ -147,7 +173,10 @@ pub fn volume_id(service: Uuid, index: VolumeIndex) -> Uuid {
 ///
 /// # Errors
 /// A peer that is configured by name has not joined.
-pub fn peer_parameters(service: &ServiceConfig, peers: &PeerStore) -> Result<Vec<PeerParameters>, VolumeError> {
+pub fn peer_parameters(
+    service: &ServiceConfig,
+    peers: &PeerStore,
+) -> Result<Vec<PeerParameters>, VolumeError> {
     let all = peers.all();
     service
         .peers
@@ -155,11 +184,20 @@ pub fn peer_parameters(service: &ServiceConfig, peers: &PeerStore) -> Result<Vec
         .map(|peer| {
             let node = match &peer.node {
                 NodeRef::Id(id) => Some(*id),
-                NodeRef::Name(name) => all.iter().find(|known| known.name == *name).map(|known| known.id),
+                NodeRef::Name(name) => all
+                    .iter()
+                    .find(|known| known.name == *name)
+                    .map(|known| known.id),
             };
-            let unknown =
-                || VolumeError::UnknownPeer { service: service.name.clone(), peer: peer.node.to_string() };
-            Ok(PeerParameters { slot: peer.slot, node: node.ok_or_else(unknown)?, mode: peer.mode })
+            let unknown = || VolumeError::UnknownPeer {
+                service: service.name.clone(),
+                peer: peer.node.to_string(),
+            };
+            Ok(PeerParameters {
+                slot: peer.slot,
+                node: node.ok_or_else(unknown)?,
+                mode: peer.mode,
+            })
         })
         .collect()
 }
@@ -167,14 +205,21 @@ pub fn peer_parameters(service: &ServiceConfig, peers: &PeerStore) -> Result<Vec
 fn find<'a>(config: &'a Config, service: &str) -> Result<&'a ServiceConfig, VolumeError> {
     config
         .service(service)
-        .ok_or_else(|| VolumeError::NoService { service: service.to_owned(), file: config.file.clone() })
+        .ok_or_else(|| VolumeError::NoService {
+            service: service.to_owned(),
+            file: config.file.clone(),
+        })
 }
 
 /// Makes the metadata of this node's copy of a service, and its files where they do not exist.
 ///
 /// # Errors
 /// [`VolumeError`]: the volumes hold data or metadata, are in use, too small, or cannot be written.
-pub fn create(config: &Config, service: &str, options: &CreateOptions) -> Result<Created, VolumeError> {
+pub fn create(
+    config: &Config,
+    service: &str,
+    options: &CreateOptions,
+) -> Result<Created, VolumeError> {
     make(config, service, None, options)
 }
 
@@ -189,11 +234,13 @@ pub fn replace_disk(
     volume: &str,
     options: &CreateOptions,
 ) -> Result<Created, VolumeError> {
-    let found = find(config, service)?.volume(volume).ok_or_else(|| VolumeError::NoVolume {
-        service: service.to_owned(),
-        volume: volume.to_owned(),
-        file: config.file.clone(),
-    })?;
+    let found = find(config, service)?
+        .volume(volume)
+        .ok_or_else(|| VolumeError::NoVolume {
+            service: service.to_owned(),
+            volume: volume.to_owned(),
+            file: config.file.clone(),
+        })?;
     make(config, service, Some(found.index), options)
 }
 
@@ -225,12 +272,17 @@ fn make(
     let zeroed = only.is_none() && prepared.iter().all(|volume| volume.zeroed || options.zero);
     let synchronous = |peer: &&PeerParameters| peer.mode != Mode::Async;
     let in_sync = if zeroed {
-        peers.iter().filter(synchronous).fold(SlotSet::only(service.slot), |set, peer| set.with(peer.slot))
+        peers
+            .iter()
+            .filter(synchronous)
+            .fold(SlotSet::only(service.slot), |set, peer| set.with(peer.slot))
     } else {
         SlotSet::EMPTY
     };
     let of_volume = |volume: &VolumeConfig| {
-        let known = prepared.iter().find(|prepared| prepared.config.index == volume.index);
+        let known = prepared
+            .iter()
+            .find(|prepared| prepared.config.index == volume.index);
         CreateVolume {
             index: volume.index,
             volume: volume_id(service.id, volume.index),
@@ -251,7 +303,10 @@ fn make(
         node: identity.id(),
         mode: service.mode,
         on_peer_loss: service.on_peer_loss,
-        seed: random_u64().map_err(|source| VolumeError::File { what: "no random numbers".into(), source })?,
+        seed: random_u64().map_err(|source| VolumeError::File {
+            what: "no random numbers".into(),
+            source,
+        })?,
         in_sync,
         peers,
         volumes: service.volumes.iter().map(of_volume).collect(),
@@ -259,14 +314,24 @@ fn make(
     let mut hints = Hints::load(state_dir);
     for volume in &prepared {
         if options.zero && !volume.zeroed {
-            place::zero(&volume.data, 0, volume.data_size)
-                .map_err(|source| VolumeError::Write { volume: volume.config.name.clone(), source })?;
+            place::zero(&volume.data, 0, volume.data_size).map_err(|source| {
+                VolumeError::Write {
+                    volume: volume.config.name.clone(),
+                    source,
+                }
+            })?;
         }
         write(volume, volume_id(service.id, volume.config.index), &images)?;
         hints.set(&service.name, &volume.config.name, volume.data.size());
     }
     let stored = hints.store(state_dir);
-    stored.map_err(|source| VolumeError::File { what: format!("the volumes are ready, but {} could not be written", state_dir.display()), source })?;
+    stored.map_err(|source| VolumeError::File {
+        what: format!(
+            "the volumes are ready, but {} could not be written",
+            state_dir.display()
+        ),
+        source,
+    })?;
     let volumes = prepared
         .iter()
         .map(|volume| CreatedVolume {
@@ -278,7 +343,11 @@ fn make(
             zeroed: volume.zeroed || options.zero,
         })
         .collect();
-    Ok(Created { service: service.name.clone(), volumes, in_sync })
+    Ok(Created {
+        service: service.name.clone(),
+        volumes,
+        in_sync,
+    })
 }
 
 /// A random number for identities.
@@ -286,47 +355,91 @@ pub(crate) fn random_u64() -> std::io::Result<u64> {
     let mut bytes = [0; 8];
     let mut filled = 0;
     while filled < bytes.len() {
-        filled += rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
+        filled +=
+            rustix::rand::getrandom(&mut bytes[filled..], rustix::rand::GetRandomFlags::empty())?;
     }
     Ok(u64::from_le_bytes(bytes))
 }
 
 /// Opens, or makes, the files of a volume and decides where everything goes. Writes nothing to what was there.
-fn prepare<'a>(config: &'a VolumeConfig, options: &CreateOptions) -> Result<Prepared<'a>, VolumeError> {
+fn prepare<'a>(
+    config: &'a VolumeConfig,
+    options: &CreateOptions,
+) -> Result<Prepared<'a>, VolumeError> {
     let name = || config.name.clone();
     let exists = std::fs::symlink_metadata(&config.backing).is_ok();
     let mut made = Vec::new();
-    let sector_for = |backing: &Backing| config.sector_size.unwrap_or(backing.sector_size()).max(512);
-    let undo_for = |size: u64| options.undo_size.unwrap_or((size / 16).clamp(1 << 20, 1 << 30));
+    let sector_for =
+        |backing: &Backing| config.sector_size.unwrap_or(backing.sector_size()).max(512);
+    let undo_for = |size: u64| {
+        options
+            .undo_size
+            .unwrap_or((size / 16).clamp(1 << 20, 1 << 30))
+    };
     let al_blocks = options.al_blocks.unwrap_or(AL_BLOCKS);
     let layout_for = |size: u64, sector: u32| {
-        let grain = options.grain_shift.unwrap_or_else(|| layout::default_grain_shift(size));
-        Layout::new(size, sector, grain, EXTENT_SHIFT, al_blocks, undo_for(size), 0)
-            .map_err(|source| VolumeError::Layout { volume: name(), source })
+        let grain = options
+            .grain_shift
+            .unwrap_or_else(|| layout::default_grain_shift(size));
+        Layout::new(
+            size,
+            sector,
+            grain,
+            EXTENT_SHIFT,
+            al_blocks,
+            undo_for(size),
+            0,
+        )
+        .map_err(|source| VolumeError::Layout {
+            volume: name(),
+            source,
+        })
     };
     let data = if exists {
-        open_backing(&config.name, &config.backing, &OpenOptions { sector_size: config.sector_size, ..OpenOptions::default() })?
+        open_backing(
+            &config.name,
+            &config.backing,
+            &OpenOptions {
+                sector_size: config.sector_size,
+                ..OpenOptions::default()
+            },
+        )?
     } else {
         let Some(size) = config.size.filter(|_| !options.adopt) else {
-            return Err(VolumeError::NoSize { volume: name(), path: config.backing.clone() });
+            return Err(VolumeError::NoSize {
+                volume: name(),
+                path: config.backing.clone(),
+            });
         };
         let whole = match &config.metadata {
             MetadataPlace::External(_) => size,
             // The sector size is a multiple of 512 either way, and the layout does not depend on it.
             MetadataPlace::Internal => size + layout_for(size, 4096)?.total + BLOCK,
         };
-        let create = OpenOptions { create_size: Some(whole), sector_size: config.sector_size, ..OpenOptions::default() };
+        let create = OpenOptions {
+            create_size: Some(whole),
+            sector_size: config.sector_size,
+            ..OpenOptions::default()
+        };
         let data = open_backing(&config.name, &config.backing, &create)?;
         made.push(config.backing.clone());
         data
     };
-    let read = |source| VolumeError::Read { volume: name(), source };
+    let read = |source| VolumeError::Read {
+        volume: name(),
+        source,
+    };
     let sector_size = sector_for(&data);
     let zeroed = !options.adopt && data.kind() == BackingKind::File && is_hole(data.path());
     let (data_size, base, external, layout) = match &config.metadata {
         MetadataPlace::Internal => {
-            if Locator::read(&data, data.size()).map_err(read)?.is_some() && !options.overwrite_metadata {
-                return Err(VolumeError::HasMetadata { volume: name(), path: config.backing.clone() });
+            if Locator::read(&data, data.size()).map_err(read)?.is_some()
+                && !options.overwrite_metadata
+            {
+                return Err(VolumeError::HasMetadata {
+                    volume: name(),
+                    path: config.backing.clone(),
+                });
             }
             let before_locator = Locator::offset(data.size()).unwrap_or(0);
             let (available, _) = layout::internal_area(
@@ -338,12 +451,23 @@ fn prepare<'a>(config: &'a VolumeConfig, options: &CreateOptions) -> Result<Prep
                 undo_for(data.size()),
                 0,
             )
-            .map_err(|source| VolumeError::Layout { volume: name(), source })?;
+            .map_err(|source| VolumeError::Layout {
+                volume: name(),
+                source,
+            })?;
             let data_size = config.size.unwrap_or(available);
             let layout = layout_for(data_size, sector_size)?;
-            let base = before_locator.checked_sub(layout.total).map(|base| base - base % BLOCK).unwrap_or(0);
+            let base = before_locator
+                .checked_sub(layout.total)
+                .map(|base| base - base % BLOCK)
+                .unwrap_or(0);
             if base < data_size {
-                return Err(VolumeError::TooSmall { volume: name(), path: config.backing.clone(), available, wanted: data_size });
+                return Err(VolumeError::TooSmall {
+                    volume: name(),
+                    path: config.backing.clone(),
+                    available,
+                    wanted: data_size,
+                });
             }
             if options.adopt {
                 let fits = detect::behind(&data, data_size).map_err(read)?;
@@ -373,12 +497,19 @@ fn prepare<'a>(config: &'a VolumeConfig, options: &CreateOptions) -> Result<Prep
             let layout = layout_for(data_size, sector_size)?;
             let new = std::fs::symlink_metadata(path).is_err();
             // Preallocated: a metadata write must not fail for want of space.
-            let create = OpenOptions { create_size: new.then_some(layout.total), preallocate: new, ..OpenOptions::default() };
+            let create = OpenOptions {
+                create_size: new.then_some(layout.total),
+                preallocate: new,
+                ..OpenOptions::default()
+            };
             let external = open_backing(&config.name, path, &create)?;
             if new {
                 made.push(path.clone());
             } else if has_superblock(&external, 0).map_err(read)? && !options.overwrite_metadata {
-                return Err(VolumeError::HasMetadata { volume: name(), path: path.clone() });
+                return Err(VolumeError::HasMetadata {
+                    volume: name(),
+                    path: path.clone(),
+                });
             }
             if external.size() < layout.total {
                 return Err(PlaceError::TooSmall {
@@ -392,18 +523,37 @@ fn prepare<'a>(config: &'a VolumeConfig, options: &CreateOptions) -> Result<Prep
             (data_size, 0, Some(external), layout)
         }
     };
-    if exists && !options.adopt && !options.overwrite_metadata && !options.zero && !zeroed {
-        if let Some(found) = detect::content(&data, BLANK_CHECK).map_err(read)? {
-            return Err(VolumeError::NotBlank { volume: name(), path: config.backing.clone(), found });
-        }
+    let may_hold_data =
+        exists && !options.adopt && !options.overwrite_metadata && !options.zero && !zeroed;
+    if may_hold_data && let Some(found) = detect::content(&data, BLANK_CHECK).map_err(read)? {
+        return Err(VolumeError::NotBlank {
+            volume: name(),
+            path: config.backing.clone(),
+            found,
+        });
     }
-    Ok(Prepared { config, data, external, base, data_size, sector_size, layout, zeroed, made })
+    Ok(Prepared {
+        config,
+        data,
+        external,
+        base,
+        data_size,
+        sector_size,
+        layout,
+        zeroed,
+        made,
+    })
 }
 
 /// A file without any allocated byte reads as zeroes.
 fn is_hole(path: &Path) -> bool {
-    let Ok(file) = std::fs::File::open(path) else { return false };
-    matches!(rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(0)), Err(rustix::io::Errno::NXIO))
+    let Ok(file) = std::fs::File::open(path) else {
+        return false;
+    };
+    matches!(
+        rustix::fs::seek(&file, rustix::fs::SeekFrom::Data(0)),
+        Err(rustix::io::Errno::NXIO)
+    )
 }
 
 /// Whether either superblock slot counts, or is of a version this software does not know.
@@ -415,30 +565,51 @@ fn has_superblock(backing: &Backing, base: u64) -> Result<bool, DiskError> {
             backing.read_exact_at(at, slot)?;
         }
     }
-    Ok(slots.iter().any(|slot| detect::is_superblock(slot)))
+    Ok(slots.iter().any(detect::is_superblock))
 }
 
 /// Writes the images of one volume. The order is what makes a crash harmless.
 fn write(volume: &Prepared, id: Uuid, images: &[(MetaPlace, Vec<u8>)]) -> Result<(), VolumeError> {
     let metadata = volume.metadata();
-    let failed = |source| VolumeError::Write { volume: volume.config.name.clone(), source };
-    let mine = || images.iter().filter(|(place, _)| place.volume == volume.config.index);
+    let failed = |source| VolumeError::Write {
+        volume: volume.config.name.clone(),
+        source,
+    };
+    let mine = || {
+        images
+            .iter()
+            .filter(|(place, _)| place.volume == volume.config.index)
+    };
     let is_superblock = |place: &MetaPlace| place.offset < 2 * BLOCK;
     // Old superblocks must not make new contents count.
-    metadata.write_all_at(volume.base, &[0; 2 * BLOCK as usize]).map_err(failed)?;
+    metadata
+        .write_all_at(volume.base, &[0; 2 * BLOCK as usize])
+        .map_err(failed)?;
     metadata.sync().map_err(failed)?;
     for (place, bytes) in mine().filter(|(place, _)| !is_superblock(place)) {
-        metadata.write_all_at(volume.base + place.offset, bytes).map_err(failed)?;
+        metadata
+            .write_all_at(volume.base + place.offset, bytes)
+            .map_err(failed)?;
     }
     metadata.sync().map_err(failed)?;
     for (place, bytes) in mine().filter(|(place, _)| is_superblock(place)) {
-        metadata.write_all_at(volume.base + place.offset, bytes).map_err(failed)?;
+        metadata
+            .write_all_at(volume.base + place.offset, bytes)
+            .map_err(failed)?;
     }
     metadata.sync().map_err(failed)?;
     if volume.external.is_none() {
-        let locator = Locator { volume: id, area_offset: volume.base, area_size: volume.layout.total, zero: (0, 0) };
+        let locator = Locator {
+            volume: id,
+            area_offset: volume.base,
+            area_size: volume.layout.total,
+            zero: (0, 0),
+        };
         let at = Locator::offset(volume.data.size()).unwrap_or(0);
-        volume.data.write_all_at(at, &locator.encode()).map_err(failed)?;
+        volume
+            .data
+            .write_all_at(at, &locator.encode())
+            .map_err(failed)?;
         volume.data.sync().map_err(failed)?;
     }
     Ok(())
@@ -450,18 +621,25 @@ fn write(volume: &Prepared, id: Uuid, images: &[(MetaPlace, Vec<u8>)]) -> Result
 /// The volume is in use, or cannot be written.
 pub fn remove(config: &Config, service: &str, volume: &str) -> Result<(), VolumeError> {
     let service = find(config, service)?;
-    let found = service.volume(volume).ok_or_else(|| VolumeError::NoVolume {
-        service: service.name.clone(),
-        volume: volume.to_owned(),
-        file: config.file.clone(),
-    })?;
+    let found = service
+        .volume(volume)
+        .ok_or_else(|| VolumeError::NoVolume {
+            service: service.name.clone(),
+            volume: volume.to_owned(),
+            file: config.file.clone(),
+        })?;
     let state_dir = &config.node.state_dir;
     let mut hints = Hints::load(state_dir);
     let hint = hints.size(&service.name, volume);
     let opened = place::open(found, &OpenOptions::default(), hint)?;
-    let failed = |source| VolumeError::Write { volume: volume.to_owned(), source };
+    let failed = |source| VolumeError::Write {
+        volume: volume.to_owned(),
+        source,
+    };
     let metadata = opened.metadata();
-    metadata.write_all_at(opened.base, &[0; 2 * BLOCK as usize]).map_err(failed)?;
+    metadata
+        .write_all_at(opened.base, &[0; 2 * BLOCK as usize])
+        .map_err(failed)?;
     metadata.sync().map_err(failed)?;
     if opened.external.is_none() {
         let end = opened.base + opened.area_size;
@@ -472,18 +650,26 @@ pub fn remove(config: &Config, service: &str, volume: &str) -> Result<(), Volume
             .filter_map(Locator::offset)
             .filter(|at| *at >= end && at + BLOCK <= opened.data.size());
         for at in at {
-            opened.data.write_all_at(at, &[0; BLOCK as usize]).map_err(failed)?;
+            opened
+                .data
+                .write_all_at(at, &[0; BLOCK as usize])
+                .map_err(failed)?;
         }
         opened.data.sync().map_err(failed)?;
     }
     hints.remove(&service.name, volume);
     hints.store(state_dir).map_err(|source| VolumeError::File {
-        what: format!("the metadata is gone, but {} could not be written", state_dir.display()),
+        what: format!(
+            "the metadata is gone, but {} could not be written",
+            state_dir.display()
+        ),
         source,
     })
 }
 
 /// The slot of a service's own copy and of its peers, for messages.
 pub fn slots(service: &ServiceConfig) -> Vec<Slot> {
-    std::iter::once(service.slot).chain(service.peers.iter().map(|peer| peer.slot)).collect()
+    std::iter::once(service.slot)
+        .chain(service.peers.iter().map(|peer| peer.slot))
+        .collect()
 }

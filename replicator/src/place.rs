@@ -39,9 +39,18 @@ pub enum PlaceError {
         "volume {volume}: {} has no Holdfast metadata at its end. Nothing was changed. If it is new, run `holdfast volume create`; \
          if the device was made smaller, give it back its size{hint}", path.display()
     )]
-    NoLocator { volume: String, path: PathBuf, hint: String },
+    NoLocator {
+        volume: String,
+        path: PathBuf,
+        hint: String,
+    },
     #[error("volume {volume}: {} is {size} bytes, too small for {needed}. Nothing was changed; use a larger device", path.display())]
-    TooSmall { volume: String, path: PathBuf, size: u64, needed: String },
+    TooSmall {
+        volume: String,
+        path: PathBuf,
+        size: u64,
+        needed: String,
+    },
 }
 
 /// What the last block of a backing with internal metadata says.
@@ -96,14 +105,18 @@ impl Locator {
             zero: (word(56)?, word(64)?),
         };
         let end = locator.area_offset.checked_add(locator.area_size)?;
-        let inside = locator.area_offset % BLOCK == 0 && locator.area_size % BLOCK == 0 && end <= Locator::offset(size)?;
+        let inside = locator.area_offset.is_multiple_of(BLOCK)
+            && locator.area_size.is_multiple_of(BLOCK)
+            && end <= Locator::offset(size)?;
         let zero = locator.zero.0 <= locator.zero.1 && locator.zero.1 <= locator.area_offset;
         (inside && zero).then_some(locator)
     }
 
     /// The locator of a backing, looked for where a backing of `size` bytes has it. Blocks.
     pub fn read(backing: &Backing, size: u64) -> Result<Option<Locator>, DiskError> {
-        let Some(offset) = Locator::offset(size.min(backing.size())) else { return Ok(None) };
+        let Some(offset) = Locator::offset(size.min(backing.size())) else {
+            return Ok(None);
+        };
         let mut block = [0; BLOCK as usize];
         backing.read_exact_at(offset, &mut block)?;
         Ok(Locator::decode(&block, size.min(backing.size())))
@@ -135,24 +148,54 @@ impl Opened {
 ///
 /// # Errors
 /// It cannot be opened, is in use or locked.
-pub fn open_backing(volume: &str, path: &Path, options: &OpenOptions) -> Result<Backing, PlaceError> {
-    Backing::open(path, options).map_err(|source| PlaceError::Open { volume: volume.to_owned(), source })
+pub fn open_backing(
+    volume: &str,
+    path: &Path,
+    options: &OpenOptions,
+) -> Result<Backing, PlaceError> {
+    Backing::open(path, options).map_err(|source| PlaceError::Open {
+        volume: volume.to_owned(),
+        source,
+    })
 }
 
 /// Opens a volume that has metadata. Blocks.
 ///
 /// # Errors
 /// A backing cannot be opened, or no metadata is where it should be.
-pub fn open(config: &VolumeConfig, options: &OpenOptions, hint: Option<u64>) -> Result<Opened, PlaceError> {
+pub fn open(
+    config: &VolumeConfig,
+    options: &OpenOptions,
+    hint: Option<u64>,
+) -> Result<Opened, PlaceError> {
     let name = config.name.as_str();
-    let options = OpenOptions { sector_size: config.sector_size, ..options.clone() };
+    let options = OpenOptions {
+        sector_size: config.sector_size,
+        ..options.clone()
+    };
     let data = open_backing(name, &config.backing, &options)?;
-    let disk = |source| PlaceError::Disk { volume: name.to_owned(), source };
+    let disk = |source| PlaceError::Disk {
+        volume: name.to_owned(),
+        source,
+    };
     match &config.metadata {
         MetadataPlace::External(path) => {
-            let external = open_backing(name, path, &OpenOptions { sector_size: None, ..options })?;
+            let external = open_backing(
+                name,
+                path,
+                &OpenOptions {
+                    sector_size: None,
+                    ..options
+                },
+            )?;
             let (data_limit, area_size) = (data.size(), external.size());
-            Ok(Opened { data, external: Some(external), base: 0, data_limit, area_size })
+            Ok(Opened {
+                data,
+                external: Some(external),
+                base: 0,
+                data_limit,
+                area_size,
+            })
         }
         MetadataPlace::Internal => {
             let mut found = Locator::read(&data, data.size()).map_err(disk)?;
@@ -170,7 +213,9 @@ pub fn open(config: &VolumeConfig, options: &OpenOptions, hint: Option<u64>) -> 
                 None => Err(PlaceError::NoLocator {
                     volume: name.to_owned(),
                     path: config.backing.clone(),
-                    hint: hint.map_or(String::new(), |size| format!(" ({size} bytes when it was last used)")),
+                    hint: hint.map_or(String::new(), |size| {
+                        format!(" ({size} bytes when it was last used)")
+                    }),
                 }),
             }
         }
@@ -179,11 +224,18 @@ pub fn open(config: &VolumeConfig, options: &OpenOptions, hint: Option<u64>) -> 
 
 /// Zeroes what a volume was grown over, if that was not finished, and says so in the locator. Nothing else may use the
 /// backing before: another copy has zeroes there.
-pub(crate) fn finish_growing(data: Backing, locator: Locator, read_only: bool) -> Result<Backing, DiskError> {
+pub(crate) fn finish_growing(
+    data: Backing,
+    locator: Locator,
+    read_only: bool,
+) -> Result<Backing, DiskError> {
     let (from, to) = locator.zero;
     if from < to && !read_only {
         zero(&data, from, to)?;
-        let done = Locator { zero: (0, 0), ..locator };
+        let done = Locator {
+            zero: (0, 0),
+            ..locator
+        };
         if let Some(at) = Locator::offset(data.size()) {
             data.write_all_at(at, &done.encode())?;
         }
@@ -260,7 +312,12 @@ mod tests {
 
     #[test]
     fn a_locator_is_read_back_and_no_damaged_byte_passes() {
-        let locator = Locator { volume: Uuid(77), area_offset: 1 << 20, area_size: 64 << 10, zero: (4096, 8192) };
+        let locator = Locator {
+            volume: Uuid(77),
+            area_offset: 1 << 20,
+            area_size: 64 << 10,
+            zero: (4096, 8192),
+        };
         let size = 2 << 20;
         let block = locator.encode();
         assert_eq!(Locator::decode(&block, size), Some(locator));
@@ -271,7 +328,10 @@ mod tests {
         }
         // An area that would reach over the end of a smaller device is not believed.
         assert_eq!(Locator::decode(&block, (1 << 20) + (64 << 10)), None);
-        assert_eq!(Locator::decode(&block, (1 << 20) + (64 << 10) + BLOCK), Some(locator));
+        assert_eq!(
+            Locator::decode(&block, (1 << 20) + (64 << 10) + BLOCK),
+            Some(locator)
+        );
     }
 
     #[test]

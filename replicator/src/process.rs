@@ -40,27 +40,42 @@ pub enum ProcessError {
     )]
     Running { state_dir: PathBuf, pid: String },
     #[error("{what} {}: {source}. Nothing was started", path.display())]
-    Io { what: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        what: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error(
         "the configuration names this node {configured}, its identity in {} says {known}. Nothing was started; correct node.name, \
          or use this node's own state directory", state_dir.display()
     )]
-    OtherNode { configured: String, known: String, state_dir: PathBuf },
+    OtherNode {
+        configured: String,
+        known: String,
+        state_dir: PathBuf,
+    },
     #[error(transparent)]
     Link(#[from] LinkError),
     #[error(transparent)]
     EventLog(#[from] EventLogError),
     #[error(transparent)]
     Control(#[from] ListenError),
-    #[error("metrics cannot be served on {address}: {source}. Nothing was started; free the port, or set node.metrics to another address or \"off\"")]
-    Metrics { address: SocketAddr, source: std::io::Error },
+    #[error(
+        "metrics cannot be served on {address}: {source}. Nothing was started; free the port, or set node.metrics to another address or \"off\""
+    )]
+    Metrics {
+        address: SocketAddr,
+        source: std::io::Error,
+    },
     #[error("the metrics could not be set up: {0}")]
     Exporter(#[from] metrics_exporter_prometheus::BuildError),
     #[error(transparent)]
     Start(#[from] StartError),
     #[error("the process could not be set up: {0}")]
     Runtime(std::io::Error),
-    #[error("it did not stop cleanly: {0}. What was acknowledged is safe; the next start takes longer, since it repeats what may be missing")]
+    #[error(
+        "it did not stop cleanly: {0}. What was acknowledged is safe; the next start takes longer, since it repeats what may be missing"
+    )]
     Unclean(String),
 }
 
@@ -94,7 +109,10 @@ impl Replicator {
                 state_dir,
             });
         }
-        for socket in [Some(&config.node.control_socket), config.nbd.unix.as_ref()].into_iter().flatten() {
+        for socket in [Some(&config.node.control_socket), config.nbd.unix.as_ref()]
+            .into_iter()
+            .flatten()
+        {
             if let Some(directory) = socket.parent() {
                 std::fs::create_dir_all(directory).map_err(|source| ProcessError::Io {
                     what: "cannot make the directory of a socket,",
@@ -114,14 +132,24 @@ impl Replicator {
                 Some(listener.map_err(|source| ProcessError::Metrics { address, source })?)
             }
         };
-        let metrics_address = scrapes.as_ref().and_then(|listener| listener.local_addr().ok());
+        let metrics_address = scrapes
+            .as_ref()
+            .and_then(|listener| listener.local_addr().ok());
         let (handle, messages) = NodeHandle::new(config.node.name.clone(), log.clone());
-        let names: Vec<&str> = config.services.iter().map(|service| service.name.as_str()).collect();
+        let names: Vec<&str> = config
+            .services
+            .iter()
+            .map(|service| service.name.as_str())
+            .collect();
         let text = format!(
             "replicator {} starts on node {} with {}",
             env!("CARGO_PKG_VERSION"),
             config.node.name,
-            if names.is_empty() { "no service".to_owned() } else { format!("services {}", names.join(", ")) }
+            if names.is_empty() {
+                "no service".to_owned()
+            } else {
+                format!("services {}", names.join(", "))
+            }
         );
         log.node(LevelName::Info, "started", text);
         let setup = Setup {
@@ -151,7 +179,16 @@ impl Replicator {
                 }
             });
         }
-        Ok(Replicator { handle, addresses, metrics: metrics_address, log, shard, stop, control, _lock: lock })
+        Ok(Replicator {
+            handle,
+            addresses,
+            metrics: metrics_address,
+            log,
+            shard,
+            stop,
+            control,
+            _lock: lock,
+        })
     }
 
     /// For asking and commanding it.
@@ -186,8 +223,12 @@ impl Replicator {
         let _ = self.stop.send(true);
         let _ = self.control.await;
         match refusals.as_slice() {
-            [] => self.log.node(LevelName::Info, "stopped", "the replicator stopped cleanly"),
-            some => self.log.node(LevelName::Error, "stopped-unclean", describe(some)),
+            [] => self
+                .log
+                .node(LevelName::Info, "stopped", "the replicator stopped cleanly"),
+            some => self
+                .log
+                .node(LevelName::Error, "stopped-unclean", describe(some)),
         }
         let log = self.log;
         let _ = tokio::task::spawn_blocking(move || log.settle(LOG_GRACE)).await;
@@ -196,21 +237,41 @@ impl Replicator {
 }
 
 fn describe(refusals: &[Refusal]) -> String {
-    refusals.iter().map(ToString::to_string).collect::<Vec<_>>().join("; ")
+    refusals
+        .iter()
+        .map(ToString::to_string)
+        .collect::<Vec<_>>()
+        .join("; ")
 }
 
 /// Takes the state directory for this process.
 fn lock(state_dir: &Path) -> Result<File, ProcessError> {
     let path = state_dir.join(LOCK_NAME);
-    let io = |source| ProcessError::Io { what: "cannot open the lock", path: path.clone(), source };
-    let mut file =
-        File::options().create(true).truncate(false).read(true).write(true).open(&path).map_err(io)?;
+    let io = |source| ProcessError::Io {
+        what: "cannot open the lock",
+        path: path.clone(),
+        source,
+    };
+    let mut file = File::options()
+        .create(true)
+        .truncate(false)
+        .read(true)
+        .write(true)
+        .open(&path)
+        .map_err(io)?;
     match rustix::fs::flock(&file, FlockOperation::NonBlockingLockExclusive) {
         Ok(()) => {}
         Err(rustix::io::Errno::WOULDBLOCK) => {
             let pid = std::fs::read_to_string(&path).unwrap_or_default();
-            let pid = if pid.trim().is_empty() { "unknown".to_owned() } else { pid.trim().to_owned() };
-            return Err(ProcessError::Running { state_dir: state_dir.to_owned(), pid });
+            let pid = if pid.trim().is_empty() {
+                "unknown".to_owned()
+            } else {
+                pid.trim().to_owned()
+            };
+            return Err(ProcessError::Running {
+                state_dir: state_dir.to_owned(),
+                pid,
+            });
         }
         Err(errno) => return Err(io(errno.into())),
     }
@@ -231,8 +292,10 @@ pub fn run(file: &Path) -> Result<(), ProcessError> {
     for warning in holdfast_disk::lock_process_memory() {
         tracing::warn!("{warning}");
     }
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(ProcessError::Runtime)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(ProcessError::Runtime)?;
     runtime.block_on(async {
         let mut terminate = signal(SignalKind::terminate()).map_err(ProcessError::Runtime)?;
         let mut interrupt = signal(SignalKind::interrupt()).map_err(ProcessError::Runtime)?;
@@ -276,7 +339,9 @@ fn notify_supervisor(state: &str) {
     use std::os::linux::net::SocketAddrExt;
     use std::os::unix::ffi::OsStrExt;
     use std::os::unix::net::{SocketAddr, UnixDatagram};
-    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else { return };
+    let Some(path) = std::env::var_os("NOTIFY_SOCKET") else {
+        return;
+    };
     let address = match path.as_bytes() {
         [b'@', name @ ..] => SocketAddr::from_abstract_name(name),
         _ => SocketAddr::from_pathname(&path),

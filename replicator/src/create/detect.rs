@@ -21,9 +21,13 @@ impl Behind {
             Behind::Filesystem { kind, end } => format!(
                 "the {kind} on it reaches to byte {end}, and metadata would begin behind byte {data_size}"
             ),
-            Behind::PartitionTable => "it has a partition table, whose second copy is at its end".into(),
+            Behind::PartitionTable => {
+                "it has a partition table, whose second copy is at its end".into()
+            }
             Behind::Unknown => {
-                format!("what is on it is not known, so nobody can say whether something is behind byte {data_size}")
+                format!(
+                    "what is on it is not known, so nobody can say whether something is behind byte {data_size}"
+                )
             }
         }
     }
@@ -69,13 +73,23 @@ fn read(backing: &Backing, offset: u64, len: u64) -> Result<Vec<u8>, DiskError> 
 }
 
 fn is_gpt(head: &[u8]) -> bool {
-    [512, 4096].iter().any(|at| head.get(*at..at + 8) == Some(b"EFI PART"))
+    [512, 4096]
+        .iter()
+        .any(|at| head.get(*at..at + 8) == Some(b"EFI PART"))
 }
 
 /// Kind and end, in bytes, of the filesystem that begins with these bytes.
 fn filesystem(head: &[u8]) -> Option<(&'static str, u64)> {
-    let le32 = |at: usize| Some(u64::from(u32::from_le_bytes(head.get(at..at + 4)?.try_into().ok()?)));
-    let be32 = |at: usize| Some(u64::from(u32::from_be_bytes(head.get(at..at + 4)?.try_into().ok()?)));
+    let le32 = |at: usize| {
+        Some(u64::from(u32::from_le_bytes(
+            head.get(at..at + 4)?.try_into().ok()?,
+        )))
+    };
+    let be32 = |at: usize| {
+        Some(u64::from(u32::from_be_bytes(
+            head.get(at..at + 4)?.try_into().ok()?,
+        )))
+    };
     const EXT: usize = 1024;
     if head.get(EXT + 56..EXT + 58) == Some(&[0x53, 0xef]) {
         let shift = 10 + le32(EXT + 24)?;
@@ -83,7 +97,10 @@ fn filesystem(head: &[u8]) -> Option<(&'static str, u64)> {
         let wide = le32(EXT + 96)? & 0x80 != 0;
         let high = if wide { le32(EXT + 0x150)? } else { 0 };
         let blocks = le32(EXT + 4)? | high << 32;
-        return Some(("ext2, ext3 or ext4", blocks.checked_shl(u32::try_from(shift).ok()?)?));
+        return Some((
+            "ext2, ext3 or ext4",
+            blocks.checked_shl(u32::try_from(shift).ok()?)?,
+        ));
     }
     if head.get(..4) == Some(b"XFSB") {
         let blocks = be32(8)? << 32 | be32(12)?;

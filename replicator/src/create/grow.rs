@@ -37,27 +37,44 @@ pub struct Grown {
 /// # Errors
 /// The service was not stopped cleanly or is in the middle of a resync, the device is too small, or the new metadata
 /// would overlap the old (grow by more).
-pub fn grow(config: &Config, service: &str, volume: &str, size: Option<u64>) -> Result<Grown, VolumeError> {
+pub fn grow(
+    config: &Config,
+    service: &str,
+    volume: &str,
+    size: Option<u64>,
+) -> Result<Grown, VolumeError> {
     let service = find(config, service)?;
-    let volume = service.volume(volume).ok_or_else(|| VolumeError::NoVolume {
-        service: service.name.clone(),
-        volume: volume.to_owned(),
-        file: config.file.clone(),
-    })?;
+    let volume = service
+        .volume(volume)
+        .ok_or_else(|| VolumeError::NoVolume {
+            service: service.name.clone(),
+            volume: volume.to_owned(),
+            file: config.file.clone(),
+        })?;
     let name = volume.name.as_str();
     let state_dir = &config.node.state_dir;
     let mut hints = Hints::load(state_dir);
-    let opened = place::open(volume, &OpenOptions::default(), hints.size(&service.name, name))?;
+    let opened = place::open(
+        volume,
+        &OpenOptions::default(),
+        hints.size(&service.name, name),
+    )?;
     let refuse = |problem: String, next: &str| VolumeError::Grow {
         volume: name.to_owned(),
         problem,
         next: next.to_owned(),
     };
-    let read = |source| VolumeError::Read { volume: name.to_owned(), source };
+    let read = |source| VolumeError::Read {
+        volume: name.to_owned(),
+        source,
+    };
     let superblock_of = |opened: &Opened| {
         let mut slots = [[0; BLOCK as usize]; 2];
         for (number, slot) in slots.iter_mut().enumerate() {
-            opened.metadata().read_exact_at(opened.base + number as u64 * BLOCK, slot).map_err(read)?;
+            opened
+                .metadata()
+                .read_exact_at(opened.base + number as u64 * BLOCK, slot)
+                .map_err(read)?;
         }
         superblock::choose(&slots[0], &slots[1])
             .map(|(superblock, _)| superblock)
@@ -65,7 +82,11 @@ pub fn grow(config: &Config, service: &str, volume: &str, size: Option<u64>) -> 
     };
     let old = superblock_of(&opened)?;
     // What holds for the service as a whole is in its first volume; opening it also makes sure that nobody runs.
-    let lead = match service.volumes.first().filter(|lead| lead.index != volume.index) {
+    let lead = match service
+        .volumes
+        .first()
+        .filter(|lead| lead.index != volume.index)
+    {
         None => old.clone(),
         Some(lead) => {
             let hint = hints.size(&service.name, &lead.name);
@@ -79,12 +100,26 @@ pub fn grow(config: &Config, service: &str, volume: &str, size: Option<u64>) -> 
         ));
     }
     if lead.target_of != GenerationId(0) {
-        return Err(refuse("it is in the middle of a resync".into(), "let the resync finish first"));
+        return Err(refuse(
+            "it is in the middle of a resync".into(),
+            "let the resync finish first",
+        ));
     }
     let sector = u64::from(old.sector_size);
     let layout_for = |size: u64| {
-        Layout::new(size, old.sector_size, old.grain_shift, EXTENT_SHIFT, old.al_blocks, old.undo_size, old.journal_size)
-            .map_err(|source| VolumeError::Layout { volume: name.to_owned(), source })
+        Layout::new(
+            size,
+            old.sector_size,
+            old.grain_shift,
+            EXTENT_SHIFT,
+            old.al_blocks,
+            old.undo_size,
+            old.journal_size,
+        )
+        .map_err(|source| VolumeError::Layout {
+            volume: name.to_owned(),
+            source,
+        })
     };
     let old_layout = layout_for(old.data_size)?;
     let internal = volume.metadata == MetadataPlace::Internal;
@@ -99,15 +134,29 @@ pub fn grow(config: &Config, service: &str, volume: &str, size: Option<u64>) -> 
     };
     if wanted <= old.data_size {
         return Err(refuse(
-            format!("it has {} bytes already, and {wanted} were asked for or are possible", old.data_size),
+            format!(
+                "it has {} bytes already, and {wanted} were asked for or are possible",
+                old.data_size
+            ),
             "enlarge the device first; a volume cannot be made smaller",
         ));
     }
     let layout = layout_for(wanted)?;
-    let mut new = Superblock { data_size: wanted, area_size: layout.total, ..old.clone() };
+    let mut new = Superblock {
+        data_size: wanted,
+        area_size: layout.total,
+        ..old.clone()
+    };
     // Above both old ones, and each in the slot its number says.
     new.sequence = old.sequence + 2;
-    let images = Images { old: &opened, old_layout, layout, sb: new, index: volume.index, name };
+    let images = Images {
+        old: &opened,
+        old_layout,
+        layout,
+        sb: new,
+        index: volume.index,
+        name,
+    };
     if internal {
         let end = wanted + layout.total + BLOCK;
         grow_file(&opened.data, end, name)?;
@@ -128,7 +177,10 @@ pub fn grow(config: &Config, service: &str, volume: &str, size: Option<u64>) -> 
         if base < old_end {
             return Err(refuse(
                 "the new metadata would lie over the old".into(),
-                &format!("enlarge the device by at least {} bytes more", old_end - base),
+                &format!(
+                    "enlarge the device by at least {} bytes more",
+                    old_end - base
+                ),
             ));
         }
         images.write(&opened.data, base)?;
@@ -138,15 +190,24 @@ pub fn grow(config: &Config, service: &str, volume: &str, size: Option<u64>) -> 
             area_size: layout.total,
             zero: (old.data_size, wanted),
         };
-        let failed = |source| VolumeError::Write { volume: name.to_owned(), source };
-        opened.data.write_all_at(locator_at, &locator.encode()).map_err(failed)?;
+        let failed = |source| VolumeError::Write {
+            volume: name.to_owned(),
+            source,
+        };
+        opened
+            .data
+            .write_all_at(locator_at, &locator.encode())
+            .map_err(failed)?;
         opened.data.sync().map_err(failed)?;
         let Opened { data, .. } = opened;
         place::finish_growing(data, locator, false).map_err(failed)?;
         hints.set(&service.name, name, before);
     } else {
         let MetadataPlace::External(path) = &volume.metadata else {
-            return Err(refuse("its metadata is nowhere".into(), "correct `metadata` in the configuration"));
+            return Err(refuse(
+                "its metadata is nowhere".into(),
+                "correct `metadata` in the configuration",
+            ));
         };
         grow_file(&opened.data, wanted, name)?;
         if opened.data.size() < wanted {
@@ -163,24 +224,44 @@ pub fn grow(config: &Config, service: &str, volume: &str, size: Option<u64>) -> 
                 "use a file for the metadata",
             ));
         }
-        place::zero(&opened.data, old.data_size, wanted)
-            .map_err(|source| VolumeError::Write { volume: name.to_owned(), source })?;
+        place::zero(&opened.data, old.data_size, wanted).map_err(|source| VolumeError::Write {
+            volume: name.to_owned(),
+            source,
+        })?;
         replace_external(path, &images)?;
         hints.set(&service.name, name, images.old.data.size());
     }
     hints.store(state_dir).map_err(|source| VolumeError::File {
-        what: format!("the volume has grown, but {} could not be written", state_dir.display()),
+        what: format!(
+            "the volume has grown, but {} could not be written",
+            state_dir.display()
+        ),
         source,
     })?;
-    Ok(Grown { before: old.data_size, after: wanted, path: volume.backing.clone() })
+    Ok(Grown {
+        before: old.data_size,
+        after: wanted,
+        path: volume.backing.clone(),
+    })
 }
 
 /// Makes a regular file at least `end` bytes long; a device is as long as it is.
 fn grow_file(data: &Backing, end: u64, name: &str) -> Result<(), VolumeError> {
-    let failed = |source| VolumeError::File { what: format!("volume {name}: {} cannot be made longer", data.path().display()), source };
+    let failed = |source| VolumeError::File {
+        what: format!(
+            "volume {name}: {} cannot be made longer",
+            data.path().display()
+        ),
+        source,
+    };
     if data.kind() == BackingKind::File && data.size() < end {
-        let file = std::fs::File::options().write(true).open(data.path()).map_err(failed)?;
-        file.set_len(end).and_then(|()| file.sync_all()).map_err(failed)?;
+        let file = std::fs::File::options()
+            .write(true)
+            .open(data.path())
+            .map_err(failed)?;
+        file.set_len(end)
+            .and_then(|()| file.sync_all())
+            .map_err(failed)?;
         data.adopt_size().map_err(failed)?;
     }
     Ok(())
@@ -199,13 +280,21 @@ struct Images<'a> {
 impl Images<'_> {
     /// Writes the new area at `base`, superblocks last, durably.
     fn write(&self, to: &Backing, base: u64) -> Result<(), VolumeError> {
-        let failed = |source| VolumeError::Write { volume: self.name.to_owned(), source };
-        let put = |offset: u64, block: &[u8; BLOCK as usize]| to.write_all_at(base + offset, block).map_err(failed);
+        let failed = |source| VolumeError::Write {
+            volume: self.name.to_owned(),
+            source,
+        };
+        let put = |offset: u64, block: &[u8; BLOCK as usize]| {
+            to.write_all_at(base + offset, block).map_err(failed)
+        };
         put(0, &[0; BLOCK as usize])?;
         put(BLOCK, &[0; BLOCK as usize])?;
         // The log of a clean copy says nothing that bits do not.
         for block in 0..u64::from(self.layout.activity_log_blocks) {
-            put(self.layout.activity_log_offset + block * BLOCK, &[0; BLOCK as usize])?;
+            put(
+                self.layout.activity_log_offset + block * BLOCK,
+                &[0; BLOCK as usize],
+            )?;
         }
         if self.layout.undo_size > 0 {
             put(self.layout.undo_offset, &[0; BLOCK as usize])?;
@@ -215,7 +304,10 @@ impl Images<'_> {
         }
         to.sync().map_err(failed)?;
         for sequence in [self.sb.sequence - 1, self.sb.sequence] {
-            let sb = Superblock { sequence, ..self.sb.clone() };
+            let sb = Superblock {
+                sequence,
+                ..self.sb.clone()
+            };
             let image = superblock::encode(&sb).map_err(|error| VolumeError::Grow {
                 volume: self.name.to_owned(),
                 problem: error.to_string(),
@@ -237,25 +329,34 @@ impl Images<'_> {
             self.old
                 .metadata()
                 .read_exact_at(self.old.base + offset, &mut block)
-                .map_err(|source| VolumeError::Read { volume: self.name.to_owned(), source })?;
+                .map_err(|source| VolumeError::Read {
+                    volume: self.name.to_owned(),
+                    source,
+                })?;
             Ok::<_, VolumeError>(block)
         };
         for number in 0..self.layout.summary_blocks() {
             let mut entries = [SUMMARY_CLEAN; SUMMARY_ENTRIES];
             if number < self.old_layout.summary_blocks() {
                 let block = old(self.old_layout.summary_block_offset(peer, number))?;
-                entries = decode_summary(&block, self.index, peer as u8, number).map_err(|error| VolumeError::Grow {
-                    volume: self.name.to_owned(),
-                    problem: error.to_string(),
-                    next: "start the replicator and let a full copy repair it".into(),
-                })?;
+                entries =
+                    decode_summary(&block, self.index, peer as u8, number).map_err(|error| {
+                        VolumeError::Grow {
+                            volume: self.name.to_owned(),
+                            problem: error.to_string(),
+                            next: "start the replicator and let a full copy repair it".into(),
+                        }
+                    })?;
             }
             let first = number * SUMMARY_ENTRIES as u64;
             for (at, entry) in entries.iter().enumerate() {
                 let page = first + at as u64;
                 // A page that is neither clean nor all set has bits of its own.
                 if *entry != SUMMARY_CLEAN && page < self.old_layout.pages {
-                    put(self.layout.bitmap_page_offset(peer, page), &old(self.old_layout.bitmap_page_offset(peer, page))?)?;
+                    put(
+                        self.layout.bitmap_page_offset(peer, page),
+                        &old(self.old_layout.bitmap_page_offset(peer, page))?,
+                    )?;
                 }
             }
             put(
@@ -272,14 +373,22 @@ fn replace_external(path: &Path, images: &Images) -> Result<(), VolumeError> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".grown");
     let beside = PathBuf::from(beside);
-    let file = |what: &str, source| VolumeError::File { what: format!("{what} {}", beside.display()), source };
+    let file = |what: &str, source| VolumeError::File {
+        what: format!("{what} {}", beside.display()),
+        source,
+    };
     // Left over from a run that was cut short: it never counted.
     match std::fs::remove_file(&beside) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => return Err(file("removing", error)),
+        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+            return Err(file("removing", error));
+        }
         _ => {}
     }
-    let options =
-        OpenOptions { create_size: Some(images.layout.total), preallocate: true, ..OpenOptions::default() };
+    let options = OpenOptions {
+        create_size: Some(images.layout.total),
+        preallocate: true,
+        ..OpenOptions::default()
+    };
     let new = place::open_backing(images.name, &beside, &options)?;
     images.write(&new, 0)?;
     std::fs::rename(&beside, path).map_err(|source| file("putting in place", source))?;

@@ -24,7 +24,13 @@ impl AckTimes {
     }
 
     /// Everything from `first` to `last` is acknowledged; `each` gets the nanoseconds of those that were not before.
-    pub fn acknowledged(&mut self, first: Position, last: Position, now: Time, mut each: impl FnMut(u64)) {
+    pub fn acknowledged(
+        &mut self,
+        first: Position,
+        last: Position,
+        now: Time,
+        mut each: impl FnMut(u64),
+    ) {
         let from = self.sent.partition_point(|(position, _)| *position < first);
         for (position, since) in self.sent.range_mut(from..) {
             if *position > last {

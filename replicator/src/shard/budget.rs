@@ -30,13 +30,19 @@ pub struct ReceiveBuf {
 
 impl AsMut<[u8]> for ReceiveBuf {
     fn as_mut(&mut self) -> &mut [u8] {
-        self.buf.get_mut().expect("a payload that is still arriving has one owner")
+        self.buf
+            .get_mut()
+            .expect("a payload that is still arriving has one owner")
     }
 }
 
 impl Budget {
     pub fn new(limit: usize) -> Rc<Budget> {
-        Rc::new(Budget { limit, used: Cell::new(0), waiting: RefCell::new(VecDeque::new()) })
+        Rc::new(Budget {
+            limit,
+            used: Cell::new(0),
+            waiting: RefCell::new(VecDeque::new()),
+        })
     }
 
     /// A buffer of `len` bytes once the budget allows it. One larger than the whole budget is let in alone.
@@ -76,7 +82,10 @@ impl Budget {
     /// Takes them, room or not: who asks looked before.
     pub fn take(self: &Rc<Self>, bytes: usize) -> Receipt {
         self.used.set(self.used.get() + bytes);
-        Receipt { budget: self.clone(), bytes }
+        Receipt {
+            budget: self.clone(),
+            bytes,
+        }
     }
 }
 
@@ -103,7 +112,11 @@ mod tests {
 
     #[test]
     fn a_full_budget_waits_and_what_is_given_back_wakes() {
-        let memory = Memory::new(Budgets { client: 1 << 20, internal: 4 << 20 }).unwrap();
+        let memory = Memory::new(Budgets {
+            client: 1 << 20,
+            internal: 4 << 20,
+        })
+        .unwrap();
         let budget = Budget::new(8192);
         let mut cx = Context::from_waker(Waker::noop());
         let mut poll = |len| match Box::pin(budget.alloc(&memory, len)).as_mut().poll(&mut cx) {

@@ -3,8 +3,8 @@
 //! Every holder has a handle of its own: the table until `ReleaseBuf`, the ring and the link until they are done.
 //! Memory returns with the last one, so nothing here can free what a device still writes to.
 
-use super::memory::Memory;
 use super::budget::Receipt;
+use super::memory::Memory;
 use holdfast_disk::{Buf, ReadBuf};
 use holdfast_frontend::Buffer;
 use holdfast_replicator_core::api::BufId;
@@ -30,7 +30,10 @@ impl Buffer for ClientBuf {
     fn as_mut_slice(&mut self) -> &mut [u8] {
         let range = self.start..self.start + self.len;
         // A frontend has the only handle until it submits, and gives this one away then.
-        &mut self.buf.get_mut().expect("a client's buffer is filled before it is submitted")[range]
+        &mut self
+            .buf
+            .get_mut()
+            .expect("a client's buffer is filled before it is submitted")[range]
     }
 }
 
@@ -41,8 +44,8 @@ pub(super) struct Entry {
     pub len: usize,
     /// The disk may write to it: taken while this was the only handle.
     pub target: Option<ReadBuf>,
-    /// Received from a peer: its share of that budget.
-    pub receipt: Option<Receipt>,
+    /// Received from a peer: its share of that budget, held as long as this.
+    pub _receipt: Option<Receipt>,
 }
 
 /// Numbers of one service's buffers.
@@ -68,7 +71,16 @@ impl BufTable {
     /// A buffer of the core's choice of number.
     pub fn alloc(&mut self, id: BufId, length: u32, memory: &Memory) -> Result<(), std::io::Error> {
         let buf = memory.internal(length as usize)?;
-        self.core.insert(id.0, Entry { buf, at: 0, len: length as usize, target: None, receipt: None });
+        self.core.insert(
+            id.0,
+            Entry {
+                buf,
+                at: 0,
+                len: length as usize,
+                target: None,
+                _receipt: None,
+            },
+        );
         Ok(())
     }
 
@@ -97,6 +109,7 @@ impl BufTable {
         Some(self.own.remove((id.0 & 0xffff_ffff) as usize).1)
     }
 
+    #[cfg(test)]
     pub fn len(&self) -> usize {
         self.own.len() + self.core.len()
     }
@@ -124,9 +137,19 @@ mod tests {
 
     #[test]
     fn a_number_is_never_taken_for_a_later_buffer() {
-        let memory = Memory::new(Budgets { client: 1 << 20, internal: 1 << 20 }).unwrap();
+        let memory = Memory::new(Budgets {
+            client: 1 << 20,
+            internal: 1 << 20,
+        })
+        .unwrap();
         let mut table = BufTable::default();
-        let entry = || Entry { buf: memory.internal(4096).unwrap(), at: 0, len: 4096, target: None, receipt: None };
+        let entry = || Entry {
+            buf: memory.internal(4096).unwrap(),
+            at: 0,
+            len: 4096,
+            target: None,
+            _receipt: None,
+        };
         let first = table.insert(entry());
         assert!(table.remove(first).is_some());
         let second = table.insert(entry());

@@ -54,7 +54,13 @@ pub struct Shard {
 }
 
 impl Shard {
-    pub(super) fn new(memory: Rc<Memory>, ring: Ring, link: LinkPort, log: EventLog, started: Instant) -> Rc<Shard> {
+    pub(super) fn new(
+        memory: Rc<Memory>,
+        ring: Ring,
+        link: LinkPort,
+        log: EventLog,
+        started: Instant,
+    ) -> Rc<Shard> {
         Rc::new(Shard {
             memory,
             ring,
@@ -100,13 +106,21 @@ impl Shard {
         read_into: Option<(Buf, Receipt)>,
         completion: Completion<ClientBuf>,
     ) {
-        self.incoming.borrow_mut().push_back(Incoming { service, volume, request, read_into, completion });
+        self.incoming.borrow_mut().push_back(Incoming {
+            service,
+            volume,
+            request,
+            read_into,
+            completion,
+        });
     }
 
     /// Works off everything that is there.
     pub(super) fn pump(&self) {
         // Whoever holds the services now is this function further up the stack, which looks again before it ends.
-        let Ok(mut services) = self.services.try_borrow_mut() else { return };
+        let Ok(mut services) = self.services.try_borrow_mut() else {
+            return;
+        };
         for round in 0u32.. {
             let around = Surroundings {
                 ring: &self.ring,
@@ -140,7 +154,10 @@ impl Shard {
                 break;
             }
         }
-        let deadline = services.iter().filter_map(|service| service.core.deadline()).min();
+        let deadline = services
+            .iter()
+            .filter_map(|service| service.core.deadline())
+            .min();
         drop(services);
         self.arm(deadline);
     }
@@ -158,10 +175,22 @@ impl Shard {
         self.link.poll(services);
         loop {
             let next = self.incoming.borrow_mut().pop_front();
-            let Some(Incoming { service, volume, request, read_into, completion }) = next else { break };
+            let Some(Incoming {
+                service,
+                volume,
+                request,
+                read_into,
+                completion,
+            }) = next
+            else {
+                break;
+            };
             match services.get_mut(service) {
                 Some(service) => service.request(around, volume, request, read_into, completion),
-                None => completion.fail(IoError::new(IoErrorKind::ShuttingDown, "the service was removed")),
+                None => completion.fail(IoError::new(
+                    IoErrorKind::ShuttingDown,
+                    "the service was removed",
+                )),
             }
         }
     }
@@ -192,7 +221,9 @@ impl Shard {
                 match self.armed.get() {
                     None => self.rearm.notified().await,
                     Some(at) => {
-                        let wait = tokio::time::sleep_until((self.started + Duration::from_nanos(at.0)).into());
+                        let wait = tokio::time::sleep_until(
+                            (self.started + Duration::from_nanos(at.0)).into(),
+                        );
                         tokio::select! {
                             () = wait => self.tick(),
                             () = self.rearm.notified() => {}
@@ -221,7 +252,11 @@ impl Shard {
         self.armed.set(None);
         self.with_services(|services| {
             for service in services {
-                if service.core.deadline().is_some_and(|deadline| deadline <= now) {
+                if service
+                    .core
+                    .deadline()
+                    .is_some_and(|deadline| deadline <= now)
+                {
                     service.events.push_back(Event::Tick);
                 }
             }

@@ -6,8 +6,8 @@ use super::driver::Shard;
 use super::requests::covering;
 use holdfast_disk::MAX_BUF;
 use holdfast_frontend::{
-    BlockSizes, ClientInfo, CloseReason, CloseSignal, Completion, ExportError, ExportInfo, Exports, IoError,
-    IoErrorKind, MAX_REQUEST_BYTES, Request, Volume,
+    BlockSizes, ClientInfo, CloseReason, CloseSignal, Completion, ExportError, ExportInfo, Exports,
+    IoError, IoErrorKind, MAX_REQUEST_BYTES, Request, Volume,
 };
 use holdfast_replicator_core::api::Role;
 use holdfast_wire_format::ids::{Epoch, VolumeIndex};
@@ -42,7 +42,12 @@ impl OpenExports {
             Role::Detached => CloseReason::Stopping,
             Role::Demoting | Role::Secondary => CloseReason::Demoted,
         };
-        tracing::debug!(epoch = epoch.number, exports = self.open.len(), ?reason, "closing exports");
+        tracing::debug!(
+            epoch = epoch.number,
+            exports = self.open.len(),
+            ?reason,
+            "closing exports"
+        );
         self.close(&reason);
     }
 
@@ -55,8 +60,17 @@ impl OpenExports {
 
     /// The export of that volume, made when the first client asks. `size` may have grown since: then a new one is made
     /// and earlier sessions keep theirs.
-    fn get(&mut self, volume: VolumeIndex, info: &ExportInfo, make: impl FnOnce() -> Export) -> Rc<Export> {
-        if let Some(export) = self.open.iter().find(|export| export.volume == volume && export.info == *info) {
+    fn get(
+        &mut self,
+        volume: VolumeIndex,
+        info: &ExportInfo,
+        make: impl FnOnce() -> Export,
+    ) -> Rc<Export> {
+        if let Some(export) = self
+            .open
+            .iter()
+            .find(|export| export.volume == volume && export.info == *info)
+        {
             return export.clone();
         }
         let export = Rc::new(make());
@@ -78,27 +92,47 @@ impl Volume for Export {
         self.info.clone()
     }
 
-    fn poll_buffer(&self, cx: &mut Context<'_>, offset: u64, len: u32) -> Poll<Result<ClientBuf, IoError>> {
-        let Some(shard) = self.shard.upgrade() else { return Poll::Ready(Err(Export::gone())) };
+    fn poll_buffer(
+        &self,
+        cx: &mut Context<'_>,
+        offset: u64,
+        len: u32,
+    ) -> Poll<Result<ClientBuf, IoError>> {
+        let Some(shard) = self.shard.upgrade() else {
+            return Poll::Ready(Err(Export::gone()));
+        };
         let (from, to) = covering(offset, u64::from(len), self.sector);
         let whole = (to - from) as usize;
         if !shard.memory.can_ever(whole) {
-            return Poll::Ready(Err(IoError::new(IoErrorKind::NoMemory, "the request is larger than the shard's memory")));
+            return Poll::Ready(Err(IoError::new(
+                IoErrorKind::NoMemory,
+                "the request is larger than the shard's memory",
+            )));
         }
         if self.writes.poll_room(cx, whole).is_pending() {
             return Poll::Pending;
         }
         shard.memory.poll_client(cx, whole).map(|buf| {
             let receipt = Some(self.writes.take(whole));
-            Ok(ClientBuf { buf, start: (offset - from) as usize, len: len as usize, receipt })
+            Ok(ClientBuf {
+                buf,
+                start: (offset - from) as usize,
+                len: len as usize,
+                receipt,
+            })
         })
     }
 
     fn submit(&self, request: Request<ClientBuf>, completion: Completion<ClientBuf>) {
-        let Some(shard) = self.shard.upgrade() else { return completion.fail(Export::gone()) };
+        let Some(shard) = self.shard.upgrade() else {
+            return completion.fail(Export::gone());
+        };
         if let Some(reason) = self.closed.reason() {
             // A session of an earlier epoch must not reach the service of a later one.
-            return completion.fail(IoError::new(IoErrorKind::ShuttingDown, reason.as_str().to_owned()));
+            return completion.fail(IoError::new(
+                IoErrorKind::ShuttingDown,
+                reason.as_str().to_owned(),
+            ));
         }
         let Request::Read { offset, len } = request else {
             return shard.submit(self.service, self.volume, request, None, completion);
@@ -112,7 +146,10 @@ impl Volume for Export {
             return shard.submit(self.service, self.volume, request, read_into, completion);
         }
         if !shard.memory.can_ever(whole) {
-            return completion.fail(IoError::new(IoErrorKind::NoMemory, "the request is larger than the shard's memory"));
+            return completion.fail(IoError::new(
+                IoErrorKind::NoMemory,
+                "the request is larger than the shard's memory",
+            ));
         }
         // Memory is short: the read waits its turn on its own.
         let (service, volume, reads) = (self.service, self.volume, self.reads.clone());
@@ -150,7 +187,10 @@ impl Exports for ShardExports {
 
     fn list(&self, _client: &ClientInfo, each: &mut dyn FnMut(&str, &str)) {
         self.shard.with_services(|services| {
-            for service in services.iter().filter(|service| service.role == Role::Primary) {
+            for service in services
+                .iter()
+                .filter(|service| service.role == Role::Primary)
+            {
                 for volume in &service.volumes {
                     let name = format!("{}/{}", service.name, volume.name);
                     each(&name, &describe(&service.name, &volume.name, service.epoch));
@@ -163,7 +203,10 @@ impl Exports for ShardExports {
         let asked = ExportName::parse(name)?;
         self.shard.with_services(|services| {
             let mut found = services.iter_mut().flat_map(|service| {
-                let at = service.volumes.iter().position(|volume| volume.name == asked.volume);
+                let at = service
+                    .volumes
+                    .iter()
+                    .position(|volume| volume.name == asked.volume);
                 let fits = asked.service.is_none_or(|name| name == service.name);
                 at.filter(|_| fits).map(|at| (service, at))
             });
@@ -190,11 +233,19 @@ impl Exports for ShardExports {
                 discard: files.discard_zeroes,
                 fast_zero: false,
                 cache: false,
-                block_sizes: BlockSizes { minimum: 1, preferred: sector.max(4096), maximum: MAX_REQUEST_BYTES.min(MAX_BUF as u32 / 2) },
+                block_sizes: BlockSizes {
+                    minimum: 1,
+                    preferred: sector.max(4096),
+                    maximum: MAX_REQUEST_BYTES.min(MAX_BUF as u32 / 2),
+                },
                 description: describe(&service.name, &files.name, service.epoch).into(),
             };
             let volume = VolumeIndex(at as u16);
-            let (index, writes, reads) = (service.index, service.write_budget.clone(), service.read_budget.clone());
+            let (index, writes, reads) = (
+                service.index,
+                service.write_budget.clone(),
+                service.read_budget.clone(),
+            );
             Ok(service.exports.get(volume, &info, || Export {
                 shard: Rc::downgrade(&self.shard),
                 service: index,
@@ -210,11 +261,19 @@ impl Exports for ShardExports {
 }
 
 fn describe(service: &str, volume: &str, epoch: Epoch) -> String {
-    format!("volume {volume} of service {service}, epoch {}", epoch.number)
+    format!(
+        "volume {volume} of service {service}, epoch {}",
+        epoch.number
+    )
 }
 
 /// Whether this copy may be opened now.
-fn may_open(role: Role, epoch: Epoch, asked: Option<u64>, service: &str) -> Result<(), ExportError> {
+fn may_open(
+    role: Role,
+    epoch: Epoch,
+    asked: Option<u64>,
+    service: &str,
+) -> Result<(), ExportError> {
     let reason = match role {
         Role::Primary => None,
         Role::Secondary => Some("this node is secondary; connect to the primary"),
@@ -252,7 +311,9 @@ impl ExportName<'_> {
             Some((path, digits)) => match digits.parse::<u64>() {
                 Ok(number) => (path, Some(number)),
                 Err(_) => {
-                    return Err(ExportError::Unknown(format!("{name:?}: what follows '@' is not the number of an epoch")));
+                    return Err(ExportError::Unknown(format!(
+                        "{name:?}: what follows '@' is not the number of an epoch"
+                    )));
                 }
             },
         };
@@ -265,7 +326,11 @@ impl ExportName<'_> {
                 "name an export: volume, service/volume, or either with @epoch".to_owned(),
             ));
         }
-        Ok(ExportName { service, volume, epoch })
+        Ok(ExportName {
+            service,
+            volume,
+            epoch,
+        })
     }
 }
 
@@ -276,22 +341,46 @@ mod tests {
     #[test]
     fn names() {
         let parsed = |name| ExportName::parse(name).unwrap();
-        assert_eq!(parsed("data"), ExportName { service: None, volume: "data", epoch: None });
-        assert_eq!(parsed("db/data@12"), ExportName { service: Some("db"), volume: "data", epoch: Some(12) });
-        for name in ["", "@3", "db/", "/data", "a/b/c", "data@", "data@x", "data@1@2"] {
+        assert_eq!(
+            parsed("data"),
+            ExportName {
+                service: None,
+                volume: "data",
+                epoch: None
+            }
+        );
+        assert_eq!(
+            parsed("db/data@12"),
+            ExportName {
+                service: Some("db"),
+                volume: "data",
+                epoch: Some(12)
+            }
+        );
+        for name in [
+            "", "@3", "db/", "/data", "a/b/c", "data@", "data@x", "data@1@2",
+        ] {
             assert!(ExportName::parse(name).is_err(), "{name}");
         }
     }
 
     #[test]
     fn only_a_primary_serves_and_only_its_own_epoch() {
-        let epoch = Epoch { number: 7, owner: 0 };
+        let epoch = Epoch {
+            number: 7,
+            owner: 0,
+        };
         assert!(may_open(Role::Primary, epoch, None, "db").is_ok());
         assert!(may_open(Role::Primary, epoch, Some(7), "db").is_ok());
         for asked in [6, 8] {
             assert!(may_open(Role::Primary, epoch, Some(asked), "db").is_err());
         }
-        for role in [Role::Secondary, Role::Promoting, Role::Demoting, Role::Detached] {
+        for role in [
+            Role::Secondary,
+            Role::Promoting,
+            Role::Demoting,
+            Role::Detached,
+        ] {
             assert!(may_open(role, epoch, Some(7), "db").is_err());
         }
     }

@@ -19,9 +19,15 @@ const STATUS_TIMEOUT: Duration = Duration::from_millis(500);
 /// What a shard can be asked.
 pub(crate) enum Message {
     Status(oneshot::Sender<Vec<ServiceReport>>),
-    Command { service: String, command: Command, answer: oneshot::Sender<AdminResult> },
+    Command {
+        service: String,
+        command: Command,
+        answer: oneshot::Sender<AdminResult>,
+    },
     /// Send clients away and detach every service; answered when all is durable, with what did not work.
-    Stop { answer: oneshot::Sender<Vec<Refusal>> },
+    Stop {
+        answer: oneshot::Sender<Vec<Refusal>>,
+    },
 }
 
 struct Shared {
@@ -41,14 +47,31 @@ pub struct NodeHandle {
 impl NodeHandle {
     pub(crate) fn new(name: String, log: EventLog) -> (NodeHandle, mpsc::Receiver<Message>) {
         let (shard, messages) = mpsc::channel(QUEUE);
-        let shared = Shared { name, started: Instant::now(), shard, log, last: Mutex::new(Vec::new()) };
-        (NodeHandle { shared: Arc::new(shared) }, messages)
+        let shared = Shared {
+            name,
+            started: Instant::now(),
+            shard,
+            log,
+            last: Mutex::new(Vec::new()),
+        };
+        (
+            NodeHandle {
+                shared: Arc::new(shared),
+            },
+            messages,
+        )
     }
 
     /// Stops cleanly: clients are sent away, every service is flushed and marked clean. Empty: all of it worked.
     pub async fn stop(&self) -> Vec<Refusal> {
         let (answer, result) = oneshot::channel();
-        if self.shared.shard.send(Message::Stop { answer }).await.is_err() {
+        if self
+            .shared
+            .shard
+            .send(Message::Stop { answer })
+            .await
+            .is_err()
+        {
             return Vec::new();
         }
         result.await.unwrap_or_default()
@@ -70,7 +93,11 @@ impl NodeHandle {
         if asked && let Ok(Ok(services)) = tokio::time::timeout(STATUS_TIMEOUT, result).await {
             last = Some(services);
         }
-        let mut kept = self.shared.last.lock().unwrap_or_else(PoisonError::into_inner);
+        let mut kept = self
+            .shared
+            .last
+            .lock()
+            .unwrap_or_else(PoisonError::into_inner);
         match last {
             Some(services) => {
                 kept.clone_from(&services);
@@ -98,16 +125,25 @@ impl Node for NodeHandle {
 
     async fn command(&self, service: &str, command: Command) -> AdminResult {
         let (answer, result) = oneshot::channel();
-        let message = Message::Command { service: service.to_owned(), command, answer };
+        let message = Message::Command {
+            service: service.to_owned(),
+            command,
+            answer,
+        };
         if self.shared.shard.send(message).await.is_err() {
             return Err(Self::stopping(service));
         }
-        result.await.unwrap_or_else(|_| Err(Self::stopping(service)))
+        result
+            .await
+            .unwrap_or_else(|_| Err(Self::stopping(service)))
     }
 
     async fn explain_handshake(&self, service: &str, peer: &str) -> Result<String, Refusal> {
         let services = self.services().await;
-        let report = services.iter().find(|report| report.name == service).ok_or_else(|| no_service(service))?;
+        let report = services
+            .iter()
+            .find(|report| report.name == service)
+            .ok_or_else(|| no_service(service))?;
         let Some(peer_report) = report.peer(peer) else {
             return Err(Refusal {
                 what: format!("service {service} has no peer {peer}"),
@@ -117,7 +153,9 @@ impl Node for NodeHandle {
         };
         if peer_report.handshake.is_empty() {
             return Err(Refusal {
-                what: format!("the copies of {service} here and on {peer} have not met since this process began"),
+                what: format!(
+                    "the copies of {service} here and on {peer} have not met since this process began"
+                ),
                 kept: match peer_report.last_error.as_str() {
                     "" => format!("The link is {}", peer_report.link),
                     error => format!("The link is {}; last error: {error}", peer_report.link),
@@ -137,7 +175,9 @@ fn no_service(name: &str) -> Refusal {
     Refusal {
         what: format!("there is no service {name} on this node"),
         kept: "Nothing was changed".into(),
-        next: "`holdfast status` lists the services; a new one is taken up when the replicator starts".into(),
+        next:
+            "`holdfast status` lists the services; a new one is taken up when the replicator starts"
+                .into(),
     }
 }
 
@@ -153,9 +193,16 @@ pub(super) async fn answer_messages(
                 // Who asked may have given up.
                 let _ = answer.send(reports(&shard, &nbd_uris));
             }
-            Message::Command { service, command, answer } => {
+            Message::Command {
+                service,
+                command,
+                answer,
+            } => {
                 let refused = shard.with_services(|services| {
-                    match services.iter_mut().find(|candidate| candidate.name == service) {
+                    match services
+                        .iter_mut()
+                        .find(|candidate| candidate.name == service)
+                    {
                         Some(found) => {
                             found.admin(command, answer);
                             None
@@ -185,7 +232,11 @@ fn reports(shard: &Rc<Shard>, nbd_uris: &impl Fn(&str, &str) -> Vec<String>) -> 
             .map(|service| {
                 let status = service.core.status(now);
                 let uris = |volume: &str| {
-                    if service.role == Role::Primary { nbd_uris(&service.name, volume) } else { Vec::new() }
+                    if service.role == Role::Primary {
+                        nbd_uris(&service.name, volume)
+                    } else {
+                        Vec::new()
+                    }
                 };
                 ServiceReport::new(&status, &|slot| service.node_name(slot), &uris)
             })

@@ -1,9 +1,9 @@
 //! Between the link, which knows nodes and services by id, and the cores, which know slots.
 
+use super::budget::{Budget, ReceiveBuf};
 use super::buffers::Entry;
 use super::driver::Shard;
 use super::memory::Memory;
-use super::budget::{Budget, ReceiveBuf};
 use super::service::Service;
 use crate::control::protocol::LevelName;
 use crate::events::EventLog;
@@ -73,10 +73,15 @@ impl LinkHandler for Handler {
     }
 
     fn accept(&self, peer: Uuid, service: Uuid) -> Result<(), String> {
-        if self.0.routes.borrow().contains_key(&PeerRef { node: peer, service }) {
+        if self.0.routes.borrow().contains_key(&PeerRef {
+            node: peer,
+            service,
+        }) {
             Ok(())
         } else {
-            Err(format!("service {service} has no copy on node {peer} in this node's configuration"))
+            Err(format!(
+                "service {service} has no copy on node {peer} in this node's configuration"
+            ))
         }
     }
 }
@@ -98,7 +103,11 @@ impl LinkPort {
     ///
     /// # Errors
     /// An address is in use, or the node's certificate cannot be used.
-    pub fn start(config: LinkConfig, memory: Rc<Memory>, log: EventLog) -> Result<LinkPort, LinkError> {
+    pub fn start(
+        config: LinkConfig,
+        memory: Rc<Memory>,
+        log: EventLog,
+    ) -> Result<LinkPort, LinkError> {
         let inbox = Rc::new(Inbox {
             shard: OnceCell::new(),
             memory,
@@ -119,23 +128,33 @@ impl LinkPort {
     }
 
     /// Takes streams of this service's peers from here on; `receive_bytes` is the budget of each.
-    pub fn add_service(&self, at: usize, service: Uuid, receive_bytes: u64, peers: &[(Slot, Uuid)]) {
+    pub fn add_service(
+        &self,
+        at: usize,
+        service: Uuid,
+        receive_bytes: u64,
+        peers: &[(Slot, Uuid)],
+    ) {
         let budget = Budget::new(receive_bytes as usize * peers.len());
         self.inbox.budgets.borrow_mut().insert(service, budget);
         let mut routes = self.inbox.routes.borrow_mut();
         for (slot, node) in peers {
-            routes.insert(PeerRef { node: *node, service }, Route { service: at, slot: *slot });
+            routes.insert(
+                PeerRef {
+                    node: *node,
+                    service,
+                },
+                Route {
+                    service: at,
+                    slot: *slot,
+                },
+            );
         }
     }
 
     /// Addresses listened on, with the ports the system chose.
     pub fn addresses(&self) -> Vec<std::net::SocketAddr> {
         self.link.local_addresses()
-    }
-
-    /// The link itself, for tasks that outlive a borrow.
-    pub fn link(&self) -> Link {
-        self.link.clone()
     }
 
     pub fn send(&self, session: SessionId, header: &FrameHeader) {
@@ -145,13 +164,31 @@ impl LinkPort {
     pub fn send_body(&self, session: SessionId, mut header: FrameHeader, body: &Body) {
         let bytes = encode_body(body);
         header.payload_length = bytes.len() as u32;
-        header.payload_crc = if bytes.is_empty() { 0 } else { crc32fast::hash(&bytes) };
-        let payload = if bytes.is_empty() { Payload::None } else { Payload::Inline(bytes) };
+        header.payload_crc = if bytes.is_empty() {
+            0
+        } else {
+            crc32fast::hash(&bytes)
+        };
+        let payload = if bytes.is_empty() {
+            Payload::None
+        } else {
+            Payload::Inline(bytes)
+        };
         self.queue(session, &header, payload);
     }
 
-    pub fn send_data(&self, session: SessionId, header: &FrameHeader, buf: Buf, range: Range<usize>) {
-        self.queue(session, header, Payload::Local(Box::new(Part { buf, range })));
+    pub fn send_data(
+        &self,
+        session: SessionId,
+        header: &FrameHeader,
+        buf: Buf,
+        range: Range<usize>,
+    ) {
+        self.queue(
+            session,
+            header,
+            Payload::Local(Box::new(Part { buf, range })),
+        );
     }
 
     fn queue(&self, session: SessionId, header: &FrameHeader, payload: Payload) {
@@ -160,7 +197,8 @@ impl LinkPort {
             Ok(()) | Err(holdfast_link::SendError::Closed) => {}
             Err(error) => {
                 tracing::error!(kind = ?header.kind, %error, "a frame was not sent; the session is closed");
-                self.link.close(session.0, GoodbyeCode::Defect, "a frame could not be built");
+                self.link
+                    .close(session.0, GoodbyeCode::Defect, "a frame could not be built");
             }
         }
     }
@@ -169,7 +207,14 @@ impl LinkPort {
         self.link.connect(peer.node, peer.service)
     }
 
-    pub fn close(&self, peer: PeerRef, session: SessionId, code: GoodbyeCode, text: &str, reconnect: bool) {
+    pub fn close(
+        &self,
+        peer: PeerRef,
+        session: SessionId,
+        code: GoodbyeCode,
+        text: &str,
+        reconnect: bool,
+    ) {
         self.link.close(session.0, code, text);
         // Who shuts down does not come back by itself.
         if !reconnect || code == GoodbyeCode::Shutdown {
@@ -178,15 +223,22 @@ impl LinkPort {
     }
 
     /// Where to reach a node, instead of the addresses it gave when it joined.
-    pub fn set_paths(&self, node: Uuid, addresses: Vec<std::net::SocketAddr>) -> Result<(), LinkError> {
-        self.link.set_paths(node, addresses.into_iter().map(Path::from).collect())
+    pub fn set_paths(
+        &self,
+        node: Uuid,
+        addresses: Vec<std::net::SocketAddr>,
+    ) -> Result<(), LinkError> {
+        self.link
+            .set_paths(node, addresses.into_iter().map(Path::from).collect())
     }
 
     /// What arrived since the last look, as events of the services.
     pub fn poll(&self, services: &mut [Service]) -> bool {
         let mut any = false;
         loop {
-            let Some(event) = self.inbox.events.borrow_mut().pop_front() else { return any };
+            let Some(event) = self.inbox.events.borrow_mut().pop_front() else {
+                return any;
+            };
             any = true;
             self.deliver(event, services);
         }
@@ -195,15 +247,36 @@ impl LinkPort {
     fn deliver(&self, event: LinkEvent<ReceiveBuf>, services: &mut [Service]) {
         let of = |peer: Uuid, service: Uuid| {
             let routes = self.inbox.routes.borrow();
-            routes.get(&PeerRef { node: peer, service }).map(|route| (route.service, route.slot))
+            routes
+                .get(&PeerRef {
+                    node: peer,
+                    service,
+                })
+                .map(|route| (route.service, route.slot))
         };
         match event {
-            LinkEvent::StreamUp { peer, service, session, path } => {
+            LinkEvent::StreamUp {
+                peer,
+                service,
+                session,
+                path,
+            } => {
                 if let Some((at, peer)) = of(peer, service) {
-                    services[at].events.push_back(Event::LinkUp { peer, session: SessionId(session), path });
+                    services[at].events.push_back(Event::LinkUp {
+                        peer,
+                        session: SessionId(session),
+                        path,
+                    });
                 }
             }
-            LinkEvent::StreamDown { peer, service, session, code, by_peer, reason } => {
+            LinkEvent::StreamDown {
+                peer,
+                service,
+                session,
+                code,
+                by_peer,
+                reason,
+            } => {
                 self.inbox.bad.borrow_mut().remove(&session);
                 if let Some((at, peer)) = of(peer, service) {
                     let reason = match code {
@@ -211,57 +284,125 @@ impl LinkPort {
                         Some(code) => format!("closed here ({code:?}): {reason}"),
                         None => reason,
                     };
-                    services[at].events.push_back(Event::LinkDown { peer, session: SessionId(session), reason });
+                    services[at].events.push_back(Event::LinkDown {
+                        peer,
+                        session: SessionId(session),
+                        reason,
+                    });
                 }
             }
-            LinkEvent::Frame { peer, service, session, header, payload } => {
-                let Some((at, slot)) = of(peer, service) else { return };
+            LinkEvent::Frame {
+                peer,
+                service,
+                session,
+                header,
+                payload,
+            } => {
+                let Some((at, slot)) = of(peer, service) else {
+                    return;
+                };
                 if self.inbox.bad.borrow().contains(&session) {
                     return;
                 }
                 self.frame(&mut services[at], slot, session, header, payload);
             }
-            LinkEvent::Drained { peer, service, session, bytes } => {
+            LinkEvent::Drained {
+                peer,
+                service,
+                session,
+                bytes,
+            } => {
                 if let Some((at, peer)) = of(peer, service) {
-                    let event = Event::Drained { peer, session: SessionId(session), bytes: bytes as u64 };
+                    let event = Event::Drained {
+                        peer,
+                        session: SessionId(session),
+                        bytes: bytes as u64,
+                    };
                     services[at].events.push_back(event);
                 }
             }
             LinkEvent::PeerUp { peer, path } => {
-                self.inbox.log.node(LevelName::Info, "node-connected", format!("node {} is connected over {path}", self.name(peer)));
+                self.inbox.log.node(
+                    LevelName::Info,
+                    "node-connected",
+                    format!("node {} is connected over {path}", self.name(peer)),
+                );
             }
             LinkEvent::PeerDown { peer, path, reason } => {
-                let text = format!("the connection to node {} over {path} ended: {reason}", self.name(peer));
-                self.inbox.log.node(LevelName::Warning, "node-disconnected", text);
+                let text = format!(
+                    "the connection to node {} over {path} ended: {reason}",
+                    self.name(peer)
+                );
+                self.inbox
+                    .log
+                    .node(LevelName::Warning, "node-disconnected", text);
             }
             // Repeats with every attempt: the state is in the status, the reason of each one in the debug log.
             LinkEvent::PathFailed { peer, path, reason } => {
-                tracing::debug!(peer = self.name(peer), path, reason, "a path to a node failed");
+                tracing::debug!(
+                    peer = self.name(peer),
+                    path,
+                    reason,
+                    "a path to a node failed"
+                );
             }
             LinkEvent::CallerRefused { remote, reason } => {
                 tracing::warn!(%remote, reason, "a caller was refused");
             }
-            LinkEvent::ServiceRefused { peer, service, reason } => {
-                let name = of(peer, service).map_or_else(|| service.to_string(), |(at, _)| services[at].name.clone());
-                let text = format!("node {} does not take service {name} now: {reason}", self.name(peer));
-                self.inbox.log.node(LevelName::Warning, "service-refused", text);
+            LinkEvent::ServiceRefused {
+                peer,
+                service,
+                reason,
+            } => {
+                let name = of(peer, service)
+                    .map_or_else(|| service.to_string(), |(at, _)| services[at].name.clone());
+                let text = format!(
+                    "node {} does not take service {name} now: {reason}",
+                    self.name(peer)
+                );
+                self.inbox
+                    .log
+                    .node(LevelName::Warning, "service-refused", text);
             }
         }
     }
 
-    fn frame(&self, service: &mut Service, peer: Slot, session: u64, header: FrameHeader, payload: Received<ReceiveBuf>) {
+    fn frame(
+        &self,
+        service: &mut Service,
+        peer: Slot,
+        session: u64,
+        header: FrameHeader,
+        payload: Received<ReceiveBuf>,
+    ) {
         let id = SessionId(session);
         let body = match payload {
             Received::Data(ReceiveBuf { buf, receipt }) => {
                 let len = header.payload_length as usize;
-                let buf = service.table.insert(Entry { buf, at: 0, len, target: None, receipt: Some(receipt) });
-                return service.events.push_back(Event::Data { peer, session: id, header, buf });
+                let buf = service.table.insert(Entry {
+                    buf,
+                    at: 0,
+                    len,
+                    target: None,
+                    _receipt: Some(receipt),
+                });
+                return service.events.push_back(Event::Data {
+                    peer,
+                    session: id,
+                    header,
+                    buf,
+                });
             }
             Received::Control(bytes) => decode_body(header.kind, &bytes),
             Received::None => decode_body(header.kind, &[]),
         };
         match body {
-            Ok(body) => service.events.push_back(Event::Control { peer, session: id, header, body }),
+            Ok(body) => service.events.push_back(Event::Control {
+                peer,
+                session: id,
+                header,
+                body,
+            }),
             Err(error) => {
                 // D14: a bad frame closes the link with a reason and changes nothing.
                 let text = format!("a {:?} frame cannot be read: {error}", header.kind);
@@ -274,12 +415,16 @@ impl LinkPort {
 
     fn name(&self, node: Uuid) -> String {
         let status = self.link.status();
-        let known = status.iter().find(|status| status.peer == node && !status.name.is_empty());
+        let known = status
+            .iter()
+            .find(|status| status.peer == node && !status.name.is_empty());
         known.map_or_else(|| node.to_string(), |status| status.name.clone())
     }
 
     /// Ends all connections; what is queued is sent first.
     pub async fn shutdown(&self) {
-        self.link.shutdown(GoodbyeCode::Shutdown, "the replicator stops").await;
+        self.link
+            .shutdown(GoodbyeCode::Shutdown, "the replicator stops")
+            .await;
     }
 }

@@ -36,10 +36,14 @@ impl Budgets {
         let internal = services
             .map(|(tuning, peers)| {
                 count += 1;
-                peers * (tuning.receive_bytes as usize + tuning.resync_window_bytes as usize) + CORE_BYTES
+                peers * (tuning.receive_bytes as usize + tuning.resync_window_bytes as usize)
+                    + CORE_BYTES
             })
             .sum();
-        Budgets { client: CLIENT_BYTES.max(count * CLIENT_BYTES_EACH), internal }
+        Budgets {
+            client: CLIENT_BYTES.max(count * CLIENT_BYTES_EACH),
+            internal,
+        }
     }
 
     /// What the clients of one of `services` services may hold: for writes, and for reads. Writes that are parked thus leave
@@ -67,7 +71,10 @@ impl Memory {
     /// # Errors
     /// Not enough address space or memory.
     pub fn new(budgets: Budgets) -> io::Result<Memory> {
-        let options = PoolOptions { bytes: budgets.client + budgets.internal, reserve: budgets.internal };
+        let options = PoolOptions {
+            bytes: budgets.client + budgets.internal,
+            reserve: budgets.internal,
+        };
         Ok(Memory {
             pool: BufPool::new(options)?,
             overflow: RefCell::new(Vec::new()),
@@ -91,10 +98,16 @@ impl Memory {
             return Ok(buf);
         }
         let mut overflow = self.overflow.borrow_mut();
-        if let Some(buf) = overflow.iter().find_map(|pool| pool.try_alloc_as(len, Priority::Internal)) {
+        if let Some(buf) = overflow
+            .iter()
+            .find_map(|pool| pool.try_alloc_as(len, Priority::Internal))
+        {
             return Ok(buf);
         }
-        let pool = BufPool::new(PoolOptions { bytes: OVERFLOW_BYTES.max(len), reserve: 0 })?;
+        let pool = BufPool::new(PoolOptions {
+            bytes: OVERFLOW_BYTES.max(len),
+            reserve: 0,
+        })?;
         tracing::warn!(
             bytes = OVERFLOW_BYTES,
             "the reserve for peers and resync is used up; memory was added. Lower receive_bytes or resync_window_bytes if this repeats"
@@ -116,7 +129,11 @@ impl Memory {
 
     /// A buffer for a client if there is room and nobody waits for some.
     pub fn try_client(&self, len: usize) -> Option<Buf> {
-        if self.waiting.borrow().is_empty() { self.pool.try_alloc(len) } else { None }
+        if self.waiting.borrow().is_empty() {
+            self.pool.try_alloc(len)
+        } else {
+            None
+        }
     }
 
     /// A buffer for a client, in the order of asking. When it is pending, the task is woken once it is worth asking again.
@@ -133,7 +150,10 @@ impl Memory {
             return Poll::Ready(buf);
         }
         let mut waiting = self.waiting.borrow_mut();
-        match waiting.iter_mut().find(|(waker, _)| waker.will_wake(cx.waker())) {
+        match waiting
+            .iter_mut()
+            .find(|(waker, _)| waker.will_wake(cx.waker()))
+        {
             Some(place) => place.1 = len,
             None => waiting.push_back((cx.waker().clone(), len)),
         }
@@ -153,7 +173,9 @@ impl Memory {
                 continue;
             };
             let buf = self.pool.alloc(len).await;
-            let Some((waker, now_wanted)) = self.waiting.borrow_mut().pop_front() else { continue };
+            let Some((waker, now_wanted)) = self.waiting.borrow_mut().pop_front() else {
+                continue;
+            };
             if now_wanted == len {
                 self.stash.set(Some(buf));
             }
@@ -173,7 +195,13 @@ mod tests {
     use tokio::task::LocalSet;
 
     fn memory(client: usize) -> Rc<Memory> {
-        Rc::new(Memory::new(Budgets { client, internal: 1 << 20 }).unwrap())
+        Rc::new(
+            Memory::new(Budgets {
+                client,
+                internal: 1 << 20,
+            })
+            .unwrap(),
+        )
     }
 
     #[test]

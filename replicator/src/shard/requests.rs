@@ -3,8 +3,8 @@
 //! A request becomes *parts*: pieces of at most 1 MiB for data, and, where it begins or ends inside a sector, one
 //! read-modify-write of that sector under the core's lock. The application gets one answer when the last part ends.
 
-use super::buffers::{BufTable, ClientBuf, Entry};
 use super::budget::Receipt;
+use super::buffers::{BufTable, ClientBuf, Entry};
 use super::memory::Memory;
 use holdfast_disk::{Buf, ReadBuf};
 use holdfast_frontend::{Completion, Extent, IoError, IoErrorKind, Output, Request};
@@ -63,7 +63,7 @@ struct Parent {
     read: Option<ClientBuf>,
     target: Option<ReadBuf>,
     /// A write's share of the budget for clients, held until it is answered.
-    receipt: Option<Receipt>,
+    _receipt: Option<Receipt>,
 }
 
 enum Part {
@@ -97,11 +97,6 @@ pub(super) struct Requests {
 }
 
 impl Requests {
-    /// Requests not answered.
-    pub fn len(&self) -> usize {
-        self.parents.len()
-    }
-
     /// Starts a read into `buf`, which covers the sectors that hold `offset..offset + len`.
     #[allow(clippy::too_many_arguments)]
     pub fn read(
@@ -117,7 +112,10 @@ impl Requests {
         let (from, to) = covering(offset, u64::from(len), shape.sector);
         debug_assert_eq!(buf.len() as u64, to - from);
         let Some(target) = buf.read_target() else {
-            return completion.fail(IoError::new(IoErrorKind::Io, "a new buffer had two owners; this is a defect"));
+            return completion.fail(IoError::new(
+                IoErrorKind::Io,
+                "a new buffer had two owners; this is a defect",
+            ));
         };
         let parent = self.parent(now, Kind::Read, shape.volume, u64::from(len), completion);
         let mut at = from;
@@ -128,9 +126,15 @@ impl Requests {
                 at: (at - from) as usize,
                 len: length,
                 target: Some(target.clone()),
-                receipt: None,
+                _receipt: None,
             });
-            let request = self.part(parent, Part::Piece { parent, buf: Some(id) });
+            let request = self.part(
+                parent,
+                Part::Piece {
+                    parent,
+                    buf: Some(id),
+                },
+            );
             sink.events.push_back(Event::Read {
                 request,
                 volume: shape.volume,
@@ -141,8 +145,12 @@ impl Requests {
             at += length as u64;
         }
         let parent = &mut self.parents[parent];
-        parent.read =
-            Some(ClientBuf { buf, start: (offset - from) as usize, len: len as usize, receipt: Some(receipt) });
+        parent.read = Some(ClientBuf {
+            buf,
+            start: (offset - from) as usize,
+            len: len as usize,
+            receipt: Some(receipt),
+        });
         parent.target = Some(target);
     }
 
@@ -157,9 +165,16 @@ impl Requests {
     ) {
         match request {
             Request::Read { .. } => {
-                completion.fail(IoError::new(IoErrorKind::Io, "a read came without memory; this is a defect"));
+                completion.fail(IoError::new(
+                    IoErrorKind::Io,
+                    "a read came without memory; this is a defect",
+                ));
             }
-            Request::Write { offset, buffer, fua } => {
+            Request::Write {
+                offset,
+                buffer,
+                fua,
+            } => {
                 self.write(now, shape, offset, buffer, fua, completion, sink);
             }
             Request::Flush => {
@@ -180,7 +195,13 @@ impl Requests {
                 IoErrorKind::NotSupported,
                 "zeroing is carried out on every copy, and not known to be fast there",
             )),
-            Request::WriteZeroes { offset, len, fua, may_unmap, fast: false } => {
+            Request::WriteZeroes {
+                offset,
+                len,
+                fua,
+                may_unmap,
+                fast: false,
+            } => {
                 let parent = self.parent(now, Kind::Zero, shape.volume, len, completion);
                 // Held until all parts exist.
                 self.parents[parent].left += 1;
@@ -195,7 +216,11 @@ impl Requests {
             Request::Cache { .. } => completion.done(),
             // What is a hole here says nothing of the other copies, and a client may skip what is one.
             Request::BlockStatus { len, .. } => {
-                completion.complete(Ok(Output::Extents(vec![Extent { len, hole: false, zero: false }])));
+                completion.complete(Ok(Output::Extents(vec![Extent {
+                    len,
+                    hole: false,
+                    zero: false,
+                }])));
             }
         }
     }
@@ -213,7 +238,7 @@ impl Requests {
     ) {
         let len = buffer.len as u64;
         let parent = self.parent(now, Kind::Write, shape.volume, len, completion);
-        self.parents[parent].receipt = buffer.receipt.take();
+        self.parents[parent]._receipt = buffer.receipt.take();
         let (from, to) = inside(offset, len, shape.sector);
         let mut at = from;
         while at < to {
@@ -223,9 +248,13 @@ impl Requests {
                 at: buffer.start + (at - offset) as usize,
                 len: length,
                 target: None,
-                receipt: None,
+                _receipt: None,
             };
-            let crc = if shape.checksum { crc32fast::hash(entry.bytes()) } else { 0 };
+            let crc = if shape.checksum {
+                crc32fast::hash(entry.bytes())
+            } else {
+                0
+            };
             let id = sink.table.insert(entry);
             // The core releases the buffer of a write.
             let request = self.part(parent, Part::Piece { parent, buf: None });
@@ -240,11 +269,28 @@ impl Requests {
             });
             at += length as u64;
         }
-        self.edges(parent, shape, offset, len, Some((&buffer.buf, buffer.start)), fua, sink);
+        self.edges(
+            parent,
+            shape,
+            offset,
+            len,
+            Some((&buffer.buf, buffer.start)),
+            fua,
+            sink,
+        );
     }
 
     #[allow(clippy::too_many_arguments)]
-    fn zero_sectors(&mut self, parent: usize, shape: Shape, from: u64, to: u64, unmap: bool, fua: bool, sink: &mut Sink) {
+    fn zero_sectors(
+        &mut self,
+        parent: usize,
+        shape: Shape,
+        from: u64,
+        to: u64,
+        unmap: bool,
+        fua: bool,
+        sink: &mut Sink,
+    ) {
         let request = self.part(parent, Part::Piece { parent, buf: None });
         sink.events.push_back(Event::Zero {
             request,
@@ -278,12 +324,18 @@ impl Requests {
                 offset: at,
                 from: (from - at) as usize,
                 to: (to - at) as usize,
-                payload: payload.map(|(buf, start)| (buf.clone(), start + (from - offset) as usize)),
+                payload: payload
+                    .map(|(buf, start)| (buf.clone(), start + (from - offset) as usize)),
                 fua,
                 granted: false,
             });
             let request = requests.part(parent, part);
-            sink.events.push_back(Event::Lock { request, volume: shape.volume, offset: at, length: shape.sector });
+            sink.events.push_back(Event::Lock {
+                request,
+                volume: shape.volume,
+                offset: at,
+                length: shape.sector,
+            });
         };
         let first = offset - offset % sector;
         let last = end - end % sector;
@@ -313,7 +365,7 @@ impl Requests {
             status: Status::Ok,
             read: None,
             target: None,
-            receipt: None,
+            _receipt: None,
         })
     }
 
@@ -324,18 +376,34 @@ impl Requests {
 
     /// The core granted a lock: read what the sector holds. Returns the request if that was not possible and it
     /// ended with it.
-    pub fn granted(&mut self, now: Time, request: RequestId, sink: &mut Sink) -> Result<Option<Ended>, String> {
+    pub fn granted(
+        &mut self,
+        now: Time,
+        request: RequestId,
+        sink: &mut Sink,
+    ) -> Result<Option<Ended>, String> {
         let key = request.0 as usize;
         let Some(Part::Sector(sector)) = self.parts.get_mut(key) else {
-            return Err(format!("the core granted a lock to request {key}, which asked for none"));
+            return Err(format!(
+                "the core granted a lock to request {key}, which asked for none"
+            ));
         };
         sector.granted = true;
         let (shape, offset) = (sector.shape, sector.offset);
         let Ok(buf) = sink.memory.internal(shape.sector as usize) else {
             return self.completed(now, request, Status::Io, sink);
         };
-        let id = sink.table.insert(Entry { buf, at: 0, len: shape.sector as usize, target: None, receipt: None });
-        let fetch = self.parts.insert(Part::Fetch { sector: key, buf: id });
+        let id = sink.table.insert(Entry {
+            buf,
+            at: 0,
+            len: shape.sector as usize,
+            target: None,
+            _receipt: None,
+        });
+        let fetch = self.parts.insert(Part::Fetch {
+            sector: key,
+            buf: id,
+        });
         sink.events.push_back(Event::Read {
             request: RequestId(fetch as u64),
             volume: shape.volume,
@@ -356,7 +424,9 @@ impl Requests {
     ) -> Result<Option<Ended>, String> {
         let key = request.0 as usize;
         match self.parts.get_mut(key) {
-            None => Err(format!("the core completed request {key}, which does not exist")),
+            None => Err(format!(
+                "the core completed request {key}, which does not exist"
+            )),
             Some(Part::Piece { parent, buf }) => {
                 let parent = *parent;
                 if let Some(buf) = *buf {
@@ -384,7 +454,11 @@ impl Requests {
                     sink.events.push_back(write);
                     return Ok(None);
                 }
-                let status = if status == Status::Ok { Status::Io } else { status };
+                let status = if status == Status::Ok {
+                    Status::Io
+                } else {
+                    status
+                };
                 self.completed(now, RequestId(sector as u64), status, sink)
             }
         }
@@ -392,17 +466,31 @@ impl Requests {
 
     /// The sector with its new bytes, as a write under its lock.
     fn merge(&mut self, key: usize, old: &Entry, sink: &mut Sink) -> Option<Event> {
-        let Some(Part::Sector(sector)) = self.parts.get_mut(key) else { return None };
+        let Some(Part::Sector(sector)) = self.parts.get_mut(key) else {
+            return None;
+        };
         let mut buf = sink.memory.internal(sector.shape.sector as usize).ok()?;
         let bytes = buf.get_mut()?;
         bytes.copy_from_slice(old.bytes());
         let changed = &mut bytes[sector.from..sector.to];
         match sector.payload.take() {
-            Some((payload, at)) => changed.copy_from_slice(&payload.as_slice()[at..at + changed.len()]),
+            Some((payload, at)) => {
+                changed.copy_from_slice(&payload.as_slice()[at..at + changed.len()])
+            }
             None => changed.fill(0),
         }
-        let entry = Entry { buf, at: 0, len: sector.shape.sector as usize, target: None, receipt: None };
-        let crc = if sector.shape.checksum { crc32fast::hash(entry.bytes()) } else { 0 };
+        let entry = Entry {
+            buf,
+            at: 0,
+            len: sector.shape.sector as usize,
+            target: None,
+            _receipt: None,
+        };
+        let crc = if sector.shape.checksum {
+            crc32fast::hash(entry.bytes())
+        } else {
+            0
+        };
         Some(Event::Write {
             request: RequestId(key as u64),
             volume: sector.shape.volume,
@@ -432,15 +520,17 @@ impl Requests {
             ok: parent.status == Status::Ok,
         };
         drop(parent.target);
-        parent.completion.complete(match (error_of(parent.status), parent.read) {
-            (Some(error), _) => Err(error),
-            (None, Some(data)) if data.buf.is_being_read_into() => Err(IoError::new(
-                IoErrorKind::Io,
-                "the read was answered while the disk still worked on it; this is a defect",
-            )),
-            (None, Some(data)) => Ok(Output::Data(data)),
-            (None, None) => Ok(Output::Done),
-        });
+        parent
+            .completion
+            .complete(match (error_of(parent.status), parent.read) {
+                (Some(error), _) => Err(error),
+                (None, Some(data)) if data.buf.is_being_read_into() => Err(IoError::new(
+                    IoErrorKind::Io,
+                    "the read was answered while the disk still worked on it; this is a defect",
+                )),
+                (None, Some(data)) => Ok(Output::Data(data)),
+                (None, None) => Ok(Output::Done),
+            });
         Some(ended)
     }
 }
@@ -448,7 +538,10 @@ impl Requests {
 /// The whole sectors that hold the range: its begin and end.
 pub(super) fn covering(offset: u64, len: u64, sector: u32) -> (u64, u64) {
     let sector = u64::from(sector);
-    (offset - offset % sector, (offset + len).next_multiple_of(sector))
+    (
+        offset - offset % sector,
+        (offset + len).next_multiple_of(sector),
+    )
 }
 
 /// The whole sectors inside the range; begin is not below end when there are none.

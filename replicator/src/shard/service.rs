@@ -14,8 +14,8 @@ use holdfast_disk::{AlignedBytes, DiskErrorKind, FileId, Op, Ring};
 use holdfast_frontend::{Completion, IoError, IoErrorKind, Request};
 use holdfast_replicator_core::Core;
 use holdfast_replicator_core::api::{
-    Action, Actions, AdminId, AdminResult, Command, DiskError, Event, Level, MetaPlace, Notice, OpId, Payload, Role,
-    Time,
+    Action, Actions, AdminId, AdminResult, Command, DiskError, Event, Level, MetaPlace, Notice,
+    OpId, Payload, Role, Time,
 };
 use holdfast_wire_format::frame::{Body, FrameKind};
 use holdfast_wire_format::ids::{Epoch, Slot, VolumeIndex};
@@ -113,7 +113,10 @@ const OP_BITS: u32 = 40;
 impl Token {
     fn pack(self) -> u64 {
         assert!(self.op.0 < 1 << OP_BITS && self.service < 1 << 14 && self.volume.0 < 1 << 8);
-        (self.service as u64) << 50 | (self.what as u64) << 48 | u64::from(self.volume.0) << OP_BITS | self.op.0
+        (self.service as u64) << 50
+            | (self.what as u64) << 48
+            | u64::from(self.volume.0) << OP_BITS
+            | self.op.0
     }
 
     pub fn unpack(token: u64) -> Token {
@@ -177,15 +180,29 @@ impl Service {
         completion: Completion<ClientBuf>,
     ) {
         let Some(files) = self.volumes.get(volume.0 as usize) else {
-            return completion.fail(IoError::new(IoErrorKind::Invalid, "there is no such volume"));
+            return completion.fail(IoError::new(
+                IoErrorKind::Invalid,
+                "there is no such volume",
+            ));
         };
-        let shape = Shape { volume, sector: files.sector, checksum: !self.peers.is_empty() };
-        let mut sink = Sink { table: &mut self.table, events: &mut self.events, memory: around.memory };
+        let shape = Shape {
+            volume,
+            sector: files.sector,
+            checksum: !self.peers.is_empty(),
+        };
+        let mut sink = Sink {
+            table: &mut self.table,
+            events: &mut self.events,
+            memory: around.memory,
+        };
         match (request, read_into) {
             (Request::Read { offset, len }, Some(buf)) => {
-                self.requests.read(around.now, shape, offset, len, buf, completion, &mut sink);
+                self.requests
+                    .read(around.now, shape, offset, len, buf, completion, &mut sink);
             }
-            (request, _) => self.requests.start(around.now, shape, request, completion, &mut sink),
+            (request, _) => self
+                .requests
+                .start(around.now, shape, request, completion, &mut sink),
         }
     }
 
@@ -225,24 +242,35 @@ impl Service {
     /// What the metrics take from an event before the core consumes it.
     fn observe(&mut self, event: &Event, now: Time) {
         match event {
-            Event::Control { peer, header, body, .. } => {
-                let Some(peer) = self.peers.iter_mut().find(|known| known.slot == *peer) else { return };
+            Event::Control {
+                peer, header, body, ..
+            } => {
+                let Some(peer) = self.peers.iter_mut().find(|known| known.slot == *peer) else {
+                    return;
+                };
                 let PeerState { metrics, acks, .. } = peer;
-                metrics.received_bytes.increment(u64::from(header.payload_length));
-                let record = |nanoseconds: u64| metrics.acknowledged.record(nanoseconds as f64 / 1e9);
+                metrics
+                    .received_bytes
+                    .increment(u64::from(header.payload_length));
+                let record =
+                    |nanoseconds: u64| metrics.acknowledged.record(nanoseconds as f64 / 1e9);
                 match (header.kind, body) {
                     (FrameKind::WriteAck, Body::Acks { runs }) => {
                         for (first, last) in runs {
                             acks.acknowledged(*first, *last, now, record);
                         }
                     }
-                    (FrameKind::ReceivedAck, _) => acks.acknowledged(0, header.position, now, record),
+                    (FrameKind::ReceivedAck, _) => {
+                        acks.acknowledged(0, header.position, now, record)
+                    }
                     _ => {}
                 }
             }
             Event::Data { peer, header, .. } => {
                 if let Some(peer) = self.peers.iter().find(|known| known.slot == *peer) {
-                    peer.metrics.received_bytes.increment(u64::from(header.payload_length));
+                    peer.metrics
+                        .received_bytes
+                        .increment(u64::from(header.payload_length));
                 }
             }
             Event::LinkUp { peer, .. } | Event::LinkDown { peer, .. } => {
@@ -420,12 +448,18 @@ impl Service {
     /// Gives the disks up, so that tools may open them. One with an unfinished request stays locked.
     fn release(&mut self, around: &Surroundings) {
         for volume in &self.volumes {
-            let files = [Some(volume.data), (volume.meta != volume.data).then_some(volume.meta)];
+            let files = [
+                Some(volume.data),
+                (volume.meta != volume.data).then_some(volume.meta),
+            ];
             for file in files.into_iter().flatten() {
                 match around.ring.detach(file) {
                     Ok(backing) => drop(backing),
                     Err(error) => {
-                        let text = format!("volume {} stays locked until this process ends: {error}", volume.name);
+                        let text = format!(
+                            "volume {} stays locked until this process ends: {error}",
+                            volume.name
+                        );
                         self.say(around.log, Level::Warning, "disk-kept", None, text);
                     }
                 }
@@ -442,19 +476,42 @@ impl Service {
         length: u32,
         buf: holdfast_replicator_core::api::BufId,
     ) -> Result<(), String> {
-        let entry = self.table.get_mut(buf).filter(|entry| entry.len >= length as usize);
-        let entry = entry.ok_or_else(|| format!("the core reads into buffer {buf:?}, which is not there"))?;
-        let target = entry.read_target().ok_or_else(|| format!("the core reads into buffer {buf:?} while it is in use"))?;
-        around.ring.push(Op::Read { file, offset, buf: target, buf_offset: entry.at, len: length }, token);
+        let entry = self
+            .table
+            .get_mut(buf)
+            .filter(|entry| entry.len >= length as usize);
+        let entry = entry
+            .ok_or_else(|| format!("the core reads into buffer {buf:?}, which is not there"))?;
+        let target = entry
+            .read_target()
+            .ok_or_else(|| format!("the core reads into buffer {buf:?} while it is in use"))?;
+        around.ring.push(
+            Op::Read {
+                file,
+                offset,
+                buf: target,
+                buf_offset: entry.at,
+                len: length,
+            },
+            token,
+        );
         Ok(())
     }
 
     fn token(&self, op: OpId, volume: VolumeIndex, what: What) -> u64 {
-        Token { service: self.index, what, volume, op }.pack()
+        Token {
+            service: self.index,
+            what,
+            volume,
+            op,
+        }
+        .pack()
     }
 
     fn files(&self, volume: VolumeIndex) -> Result<&VolumeFiles, String> {
-        self.volumes.get(volume.0 as usize).ok_or_else(|| format!("the core names volume {}, which does not exist", volume.0))
+        self.volumes
+            .get(volume.0 as usize)
+            .ok_or_else(|| format!("the core names volume {}, which does not exist", volume.0))
     }
 
     fn meta(&self, place: MetaPlace) -> Result<(FileId, u64), String> {
@@ -462,9 +519,18 @@ impl Service {
         Ok((files.meta, files.meta_base + place.offset))
     }
 
-    fn entry(&self, buf: holdfast_replicator_core::api::BufId, length: u32) -> Result<&Entry, String> {
-        let entry = self.table.get(buf).filter(|entry| entry.len >= length as usize);
-        entry.ok_or_else(|| format!("the core uses {length} bytes of buffer {buf:?}, which are not there"))
+    fn entry(
+        &self,
+        buf: holdfast_replicator_core::api::BufId,
+        length: u32,
+    ) -> Result<&Entry, String> {
+        let entry = self
+            .table
+            .get(buf)
+            .filter(|entry| entry.len >= length as usize);
+        entry.ok_or_else(|| {
+            format!("the core uses {length} bytes of buffer {buf:?}, which are not there")
+        })
     }
 
     fn peer(&self, slot: Slot) -> Result<usize, String> {
@@ -473,7 +539,12 @@ impl Service {
     }
 
     /// A completion of the ring: told to the core, counted, and said loudly when it is a failure.
-    pub fn disk_done(&mut self, token: Token, completion: holdfast_disk::Completion, log: &EventLog) {
+    pub fn disk_done(
+        &mut self,
+        token: Token,
+        completion: holdfast_disk::Completion,
+        log: &EventLog,
+    ) {
         let took = completion.took.as_secs_f64();
         let result = match completion.result {
             Ok(()) => Ok(()),
@@ -483,7 +554,9 @@ impl Service {
                     DiskErrorKind::BeyondEnd { .. } => DiskError::BeyondEnd,
                     _ => DiskError::Io,
                 };
-                let text = format!("{error}. What follows from it is decided by the replication rules and logged next");
+                let text = format!(
+                    "{error}. What follows from it is decided by the replication rules and logged next"
+                );
                 self.say(log, Level::Error, "disk-error", None, text);
                 if let Some(volume) = self.volumes.get(token.volume.0 as usize) {
                     volume.metrics.disk_errors.increment(1);
@@ -534,13 +607,21 @@ impl Service {
                 );
                 self.say(log, Level::Error, "disk-hung", None, text);
             } else {
-                self.say(log, Level::Info, "disk-answers", None, format!("the disk of volume {name} answers again"));
+                self.say(
+                    log,
+                    Level::Info,
+                    "disk-answers",
+                    None,
+                    format!("the disk of volume {name} answers again"),
+                );
             }
         }
     }
 
     fn record(&self, ended: Ended) {
-        let Some(volume) = self.volumes.get(ended.volume.0 as usize) else { return };
+        let Some(volume) = self.volumes.get(ended.volume.0 as usize) else {
+            return;
+        };
         let leg = match ended.kind {
             Kind::Read => &volume.metrics.reads,
             Kind::Write => &volume.metrics.writes,
@@ -556,7 +637,10 @@ impl Service {
 
     /// A line for the event log and the process's own log.
     pub fn say(&self, log: &EventLog, level: Level, kind: &str, peer: Option<Slot>, text: String) {
-        let peer = peer.map(|slot| self.peer_name(slot).unwrap_or_else(|| format!("slot-{}", slot.0)));
+        let peer = peer.map(|slot| {
+            self.peer_name(slot)
+                .unwrap_or_else(|| format!("slot-{}", slot.0))
+        });
         let service = self.name.as_str();
         match level {
             Level::Info => tracing::info!(service, kind, ?peer, "{text}"),
@@ -575,12 +659,19 @@ impl Service {
 
     /// The name of the node that holds a slot, this one included.
     pub fn node_name(&self, slot: Slot) -> Option<String> {
-        if slot == self.slot { Some(self.node.clone()) } else { self.peer_name(slot) }
+        if slot == self.slot {
+            Some(self.node.clone())
+        } else {
+            self.peer_name(slot)
+        }
     }
 
     /// The configured name of a peer's node.
     pub fn peer_name(&self, slot: Slot) -> Option<String> {
-        self.peers.iter().find(|peer| peer.slot == slot).map(|peer| peer.name.clone())
+        self.peers
+            .iter()
+            .find(|peer| peer.slot == slot)
+            .map(|peer| peer.name.clone())
     }
 }
 
@@ -588,7 +679,9 @@ impl Service {
 fn is_zero(bytes: &[u8]) -> bool {
     let chunks = bytes.chunks_exact(64);
     let rest = chunks.remainder().iter().all(|byte| *byte == 0);
-    rest && chunks.into_iter().all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0)
+    rest && chunks
+        .into_iter()
+        .all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0)
 }
 
 #[cfg(test)]
@@ -598,9 +691,24 @@ mod tests {
     #[test]
     fn a_token_comes_back_as_it_was() {
         for token in [
-            Token { service: 0, what: What::Read, volume: VolumeIndex(0), op: OpId(0) },
-            Token { service: 7, what: What::Write, volume: VolumeIndex(1), op: OpId(9) },
-            Token { service: 16_383, what: What::Metadata, volume: VolumeIndex(63), op: OpId((1 << OP_BITS) - 1) },
+            Token {
+                service: 0,
+                what: What::Read,
+                volume: VolumeIndex(0),
+                op: OpId(0),
+            },
+            Token {
+                service: 7,
+                what: What::Write,
+                volume: VolumeIndex(1),
+                op: OpId(9),
+            },
+            Token {
+                service: 16_383,
+                what: What::Metadata,
+                volume: VolumeIndex(63),
+                op: OpId((1 << OP_BITS) - 1),
+            },
         ] {
             assert_eq!(Token::unpack(token.pack()), token);
         }

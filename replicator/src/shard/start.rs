@@ -16,7 +16,9 @@ use holdfast_disk::{OpenOptions, Ring, RingError, RingOptions};
 use holdfast_frontend::CloseReason;
 use holdfast_frontend::nbd::{BindError, Limits, NbdServer, bind_tcp, bind_unix};
 use holdfast_link::{Congestion, Identity, LinkConfig, LinkError, PeerStore};
-use holdfast_replicator_core::api::{Actions, AttachParameters, AttachVolume, DiskError, MetaSource, PeerParameters};
+use holdfast_replicator_core::api::{
+    Actions, AttachParameters, AttachVolume, DiskError, MetaSource, PeerParameters,
+};
 use holdfast_replicator_core::{AttachError, Core};
 use holdfast_wire_format::ids::{Incarnation, Uuid, VolumeIndex};
 use std::collections::{BTreeMap, BTreeSet};
@@ -34,7 +36,9 @@ const RESOLVE_INTERVAL: Duration = Duration::from_secs(30);
 /// Why a shard did not start. Nothing was served.
 #[derive(Debug, thiserror::Error)]
 pub enum StartError {
-    #[error("no memory for the shard's buffers: {0}. Lower receive_bytes of the services, or add memory")]
+    #[error(
+        "no memory for the shard's buffers: {0}. Lower receive_bytes of the services, or add memory"
+    )]
     Memory(std::io::Error),
     #[error("the shard's thread could not be set up: {0}")]
     Thread(std::io::Error),
@@ -47,7 +51,10 @@ pub enum StartError {
     #[error("service {service}: {source}")]
     Place { service: String, source: PlaceError },
     #[error("service {service}: {source}")]
-    Attach { service: String, source: AttachError },
+    Attach {
+        service: String,
+        source: AttachError,
+    },
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error("the NBD server: {0}")]
@@ -80,12 +87,17 @@ pub(crate) struct Setup {
 ///
 /// # Errors
 /// [`StartError`]; the thread has ended then.
-pub(crate) async fn start(setup: Setup) -> Result<(Addresses, std::thread::JoinHandle<()>), StartError> {
+pub(crate) async fn start(
+    setup: Setup,
+) -> Result<(Addresses, std::thread::JoinHandle<()>), StartError> {
     let (ready, started) = oneshot::channel();
     let thread = std::thread::Builder::new()
         .name("shard-0".into())
         .spawn(move || {
-            let runtime = match tokio::runtime::Builder::new_current_thread().enable_all().build() {
+            let runtime = match tokio::runtime::Builder::new_current_thread()
+                .enable_all()
+                .build()
+            {
                 Ok(runtime) => runtime,
                 Err(error) => return drop(ready.send(Err(StartError::Thread(error)))),
             };
@@ -97,8 +109,16 @@ pub(crate) async fn start(setup: Setup) -> Result<(Addresses, std::thread::JoinH
 }
 
 async fn serve(setup: Setup, ready: oneshot::Sender<Result<Addresses, StartError>>) {
-    let Setup { config, identity, peers, log, metrics, messages } = setup;
-    let (shard, server, addresses) = match bring_up(&config, identity, peers, &log, &metrics).await {
+    let Setup {
+        config,
+        identity,
+        peers,
+        log,
+        metrics,
+        messages,
+    } = setup;
+    let (shard, server, addresses) = match bring_up(&config, identity, peers, &log, &metrics).await
+    {
         Ok(up) => up,
         Err(error) => return drop(ready.send(Err(error))),
     };
@@ -129,16 +149,29 @@ async fn bring_up(
     log: &EventLog,
     metrics: &Metrics,
 ) -> Result<Up, StartError> {
-    let budgets = Budgets::of(config.services.iter().map(|service| (&service.tuning, service.peers.len())));
+    let budgets = Budgets::of(
+        config
+            .services
+            .iter()
+            .map(|service| (&service.tuning, service.peers.len())),
+    );
     let shares = budgets.of_clients(config.services.len());
     let memory = Rc::new(Memory::new(budgets).map_err(StartError::Memory)?);
     let ring = Ring::new(RingOptions::default(), memory.pool())?;
     let node = identity.id();
     // As the nodes are called where they joined, also where the configuration has their ids.
     let known = peers.all();
-    let names = |id: Uuid| known.iter().find(|peer| peer.id == id).map(|peer| peer.name.clone());
-    let peer_lists: Vec<Vec<PeerParameters>> =
-        config.services.iter().map(|service| peer_parameters(service, &peers)).collect::<Result<_, _>>()?;
+    let names = |id: Uuid| {
+        known
+            .iter()
+            .find(|peer| peer.id == id)
+            .map(|peer| peer.name.clone())
+    };
+    let peer_lists: Vec<Vec<PeerParameters>> = config
+        .services
+        .iter()
+        .map(|service| peer_parameters(service, &peers))
+        .collect::<Result<_, _>>()?;
     let link = LinkPort::start(
         LinkConfig {
             listen: config.node.link_listen.clone(),
@@ -154,17 +187,37 @@ async fn bring_up(
     let mut hints = Hints::load(&config.node.state_dir);
     let mut hints_changed = false;
     for (at, (service, peers)) in config.services.iter().zip(&peer_lists).enumerate() {
-        attach(&shard, config, service, at, node, peers, &mut hints, &mut hints_changed, metrics, &names, shares)?;
+        attach(
+            &shard,
+            config,
+            service,
+            at,
+            node,
+            peers,
+            &mut hints,
+            &mut hints_changed,
+            metrics,
+            &names,
+            shares,
+        )?;
     }
     if hints_changed && let Err(error) = hints.store(&config.node.state_dir) {
         // A help for the day a device grows, no more.
         tracing::warn!(%error, "the sizes of the devices could not be remembered in the state directory");
     }
     shard.link().serve(&shard);
-    let mut addresses = Addresses { link: shard.link().addresses(), nbd_tcp: None };
+    let mut addresses = Addresses {
+        link: shard.link().addresses(),
+        nbd_tcp: None,
+    };
     let mut server = None;
     if config.nbd.unix.is_some() || config.nbd.tcp.is_some() {
-        let nbd = NbdServer::new(ShardExports { shard: shard.clone() }, Limits::default());
+        let nbd = NbdServer::new(
+            ShardExports {
+                shard: shard.clone(),
+            },
+            Limits::default(),
+        );
         if let Some(path) = &config.nbd.unix {
             tokio::task::spawn_local(nbd.clone().serve_unix(bind_unix(path, 0o600)?));
         }
@@ -182,7 +235,11 @@ async fn bring_up(
 fn link_tuning(config: &Config) -> holdfast_link::Tuning {
     let profile = match config.node.profile {
         Profile::Lan => holdfast_link::Profile::Lan,
-        Profile::Wan { bandwidth, round_trip, congestion } => holdfast_link::Profile::Wan {
+        Profile::Wan {
+            bandwidth,
+            round_trip,
+            congestion,
+        } => holdfast_link::Profile::Wan {
             bandwidth,
             round_trip,
             congestion: match congestion {
@@ -191,7 +248,10 @@ fn link_tuning(config: &Config) -> holdfast_link::Tuning {
             },
         },
     };
-    holdfast_link::Tuning { profile, ..holdfast_link::Tuning::default() }
+    holdfast_link::Tuning {
+        profile,
+        ..holdfast_link::Tuning::default()
+    }
 }
 
 /// Metadata of all volumes of a service, before it serves.
@@ -200,12 +260,22 @@ struct Areas<'a> {
 }
 
 impl MetaSource for Areas<'_> {
-    fn read(&mut self, volume: VolumeIndex, offset: u64, bytes: &mut [u8]) -> Result<(), DiskError> {
-        let Some(opened) = self.volumes.get(volume.0 as usize) else { return Err(DiskError::BeyondEnd) };
-        opened.metadata().read_exact_at(opened.base + offset, bytes).map_err(|error| {
-            tracing::error!(%error, "metadata could not be read");
-            DiskError::Io
-        })
+    fn read(
+        &mut self,
+        volume: VolumeIndex,
+        offset: u64,
+        bytes: &mut [u8],
+    ) -> Result<(), DiskError> {
+        let Some(opened) = self.volumes.get(volume.0 as usize) else {
+            return Err(DiskError::BeyondEnd);
+        };
+        opened
+            .metadata()
+            .read_exact_at(opened.base + offset, bytes)
+            .map_err(|error| {
+                tracing::error!(%error, "metadata could not be read");
+                DiskError::Io
+            })
     }
 }
 
@@ -226,8 +296,12 @@ fn attach(
     let mut opened = Vec::with_capacity(service.volumes.len());
     for volume in &service.volumes {
         let hint = hints.size(&service.name, &volume.name);
-        let place = place::open(volume, &OpenOptions::default(), hint)
-            .map_err(|source| StartError::Place { service: service.name.clone(), source })?;
+        let place = place::open(volume, &OpenOptions::default(), hint).map_err(|source| {
+            StartError::Place {
+                service: service.name.clone(),
+                source,
+            }
+        })?;
         // With a grown device the old size is what finds the locator, until the volume was grown.
         if place::Locator::read(&place.data, place.data.size()).is_ok_and(|found| found.is_some()) {
             *hints_changed |= hints.set(&service.name, &volume.name, place.data.size());
@@ -262,15 +336,28 @@ fn attach(
     };
     let now = shard.now();
     let mut actions = Actions::new();
-    let core = Core::attach(parameters, &mut Areas { volumes: &opened }, now, &mut actions)
-        .map_err(|source| StartError::Attach { service: service.name.clone(), source })?;
+    let core = Core::attach(
+        parameters,
+        &mut Areas { volumes: &opened },
+        now,
+        &mut actions,
+    )
+    .map_err(|source| StartError::Attach {
+        service: service.name.clone(),
+        source,
+    })?;
     let status = core.status(now);
     let volumes = opened
         .into_iter()
         .zip(&status.volumes)
         .zip(&service.volumes)
         .map(|((place, status), volume)| {
-            let Opened { data, external, base, .. } = place;
+            let Opened {
+                data,
+                external,
+                base,
+                ..
+            } = place;
             let discard_zeroes = data.discard_zeroes();
             let data = shard.ring().attach(data);
             let meta = external.map_or(data, |external| shard.ring().attach(external));
@@ -295,7 +382,10 @@ fn attach(
             let name = names(peer.node).unwrap_or_else(|| configured.node.to_string());
             PeerState {
                 slot: peer.slot,
-                link: PeerRef { node: peer.node, service: service.id },
+                link: PeerRef {
+                    node: peer.node,
+                    service: service.id,
+                },
                 metrics: metrics.peer(&service.name, &name),
                 acks: Default::default(),
                 name,
@@ -303,7 +393,9 @@ fn attach(
         })
         .collect();
     let slots: Vec<_> = peers.iter().map(|peer| (peer.slot, peer.node)).collect();
-    shard.link().add_service(at, service.id, service.tuning.receive_bytes, &slots);
+    shard
+        .link()
+        .add_service(at, service.id, service.tuning.receive_bytes, &slots);
     shard.add_service(Service::new(
         at,
         service.name.clone(),
@@ -325,21 +417,35 @@ fn resolve_peers(config: &Config, shard: &Rc<Shard>) {
     shard.with_services(|services| {
         for (service, configured) in services.iter().zip(&config.services) {
             for (peer, configured) in service.peers.iter().zip(&configured.peers) {
-                nodes.entry(peer.link.node).or_default().extend(configured.addresses.iter().cloned());
+                nodes
+                    .entry(peer.link.node)
+                    .or_default()
+                    .extend(configured.addresses.iter().cloned());
             }
         }
     });
-    for (node, addresses) in nodes.into_iter().filter(|(_, addresses)| !addresses.is_empty()) {
+    for (node, addresses) in nodes
+        .into_iter()
+        .filter(|(_, addresses)| !addresses.is_empty())
+    {
         let shard = shard.clone();
         tokio::task::spawn_local(async move {
-            let fixed = addresses.iter().all(|address| address.parse::<SocketAddr>().is_ok());
+            let fixed = addresses
+                .iter()
+                .all(|address| address.parse::<SocketAddr>().is_ok());
             let mut last = Vec::new();
             loop {
                 let mut found = Vec::new();
                 for address in &addresses {
                     match tokio::net::lookup_host(address.as_str()).await {
-                        Ok(resolved) => found.extend(resolved.filter(|address| !found.contains(address)).collect::<Vec<_>>()),
-                        Err(error) => tracing::warn!(address, %error, "the address of a peer could not be resolved"),
+                        Ok(resolved) => found.extend(
+                            resolved
+                                .filter(|address| !found.contains(address))
+                                .collect::<Vec<_>>(),
+                        ),
+                        Err(error) => {
+                            tracing::warn!(address, %error, "the address of a peer could not be resolved")
+                        }
                     }
                 }
                 if !found.is_empty() && found != last {
@@ -358,7 +464,10 @@ fn resolve_peers(config: &Config, shard: &Rc<Shard>) {
 }
 
 /// The NBD addresses of a volume, by service and volume name.
-fn nbd_uris(config: &Config, tcp: Option<SocketAddr>) -> impl Fn(&str, &str) -> Vec<String> + use<> {
+fn nbd_uris(
+    config: &Config,
+    tcp: Option<SocketAddr>,
+) -> impl Fn(&str, &str) -> Vec<String> + use<> {
     let unix = config.nbd.unix.clone();
     let encrypted = match (&config.nbd.tls, tcp) {
         (NbdTls::Certificate { always, .. }, Some(tcp)) => *always || !tcp.ip().is_loopback(),
@@ -370,9 +479,17 @@ fn nbd_uris(config: &Config, tcp: Option<SocketAddr>) -> impl Fn(&str, &str) -> 
     }
     move |service, volume| {
         let alone = volumes.get(volume).copied().unwrap_or(0) <= 1;
-        let name = if alone { volume.to_owned() } else { format!("{service}/{volume}") };
-        let unix = unix.as_deref().map(|path: &Path| format!("nbd+unix:///{name}?socket={}", path.display()));
+        let name = if alone {
+            volume.to_owned()
+        } else {
+            format!("{service}/{volume}")
+        };
+        let unix = unix
+            .as_deref()
+            .map(|path: &Path| format!("nbd+unix:///{name}?socket={}", path.display()));
         let scheme = if encrypted { "nbds" } else { "nbd" };
-        unix.into_iter().chain(tcp.map(|tcp| format!("{scheme}://{tcp}/{name}"))).collect()
+        unix.into_iter()
+            .chain(tcp.map(|tcp| format!("{scheme}://{tcp}/{name}")))
+            .collect()
     }
 }

@@ -25,8 +25,16 @@ impl Model {
             requests: Requests::default(),
             table: BufTable::default(),
             events: VecDeque::new(),
-            memory: Memory::new(Budgets { client: 4 << 20, internal: 4 << 20 }).unwrap(),
-            shape: Shape { volume: VolumeIndex(0), sector, checksum: true },
+            memory: Memory::new(Budgets {
+                client: 4 << 20,
+                internal: 4 << 20,
+            })
+            .unwrap(),
+            shape: Shape {
+                volume: VolumeIndex(0),
+                sector,
+                checksum: true,
+            },
             locked: Vec::new(),
             queue: CompletionQueue::new(8),
         }
@@ -37,22 +45,50 @@ impl Model {
         let mut buf = self.memory.internal((to - from) as usize).unwrap();
         let start = (offset - from) as usize;
         buf.get_mut().unwrap()[start..start + bytes.len()].copy_from_slice(bytes);
-        ClientBuf { buf, start, len: bytes.len(), receipt: None }
+        ClientBuf {
+            buf,
+            start,
+            len: bytes.len(),
+            receipt: None,
+        }
     }
 
     fn start(&mut self, request: Request<ClientBuf>) -> Result<Output<ClientBuf>, IoError> {
-        let mut sink = Sink { table: &mut self.table, events: &mut self.events, memory: &self.memory };
-        self.requests.start(Time(0), self.shape, request, self.queue.completion(0), &mut sink);
+        let mut sink = Sink {
+            table: &mut self.table,
+            events: &mut self.events,
+            memory: &self.memory,
+        };
+        self.requests.start(
+            Time(0),
+            self.shape,
+            request,
+            self.queue.completion(0),
+            &mut sink,
+        );
         self.run()
     }
 
     fn run(&mut self) -> Result<Output<ClientBuf>, IoError> {
         while let Some(event) = self.events.pop_front() {
-            let mut sink = Sink { table: &mut self.table, events: &mut self.events, memory: &self.memory };
+            let mut sink = Sink {
+                table: &mut self.table,
+                events: &mut self.events,
+                memory: &self.memory,
+            };
             let done = match event {
-                Event::Lock { request, offset, length, .. } => {
-                    assert_eq!((offset % u64::from(self.shape.sector), length), (0, self.shape.sector));
-                    self.locked.push((request.0, offset, offset + u64::from(length)));
+                Event::Lock {
+                    request,
+                    offset,
+                    length,
+                    ..
+                } => {
+                    assert_eq!(
+                        (offset % u64::from(self.shape.sector), length),
+                        (0, self.shape.sector)
+                    );
+                    self.locked
+                        .push((request.0, offset, offset + u64::from(length)));
                     self.requests.granted(Time(0), request, &mut sink).unwrap();
                     continue;
                 }
@@ -60,15 +96,30 @@ impl Model {
                     self.locked.retain(|(holder, ..)| *holder != request.0);
                     continue;
                 }
-                Event::Write { request, offset, length, buf, crc, .. } => {
+                Event::Write {
+                    request,
+                    offset,
+                    length,
+                    buf,
+                    crc,
+                    ..
+                } => {
                     let entry = sink.table.remove(buf).expect("the buffer of a write");
                     assert_eq!(crc32fast::hash(entry.bytes()), crc);
-                    assert!(length <= MAX_PAYLOAD && entry.at % self.shape.sector as usize == 0);
+                    assert!(
+                        length <= MAX_PAYLOAD
+                            && entry.at.is_multiple_of(self.shape.sector as usize)
+                    );
                     let at = offset as usize;
                     self.disk[at..at + length as usize].copy_from_slice(entry.bytes());
                     request
                 }
-                Event::Zero { request, offset, length, .. } => {
+                Event::Zero {
+                    request,
+                    offset,
+                    length,
+                    ..
+                } => {
                     self.disk[offset as usize..(offset + length) as usize].fill(0);
                     request
                 }
@@ -78,8 +129,14 @@ impl Model {
                     None => continue,
                 },
             };
-            let mut sink = Sink { table: &mut self.table, events: &mut self.events, memory: &self.memory };
-            self.requests.completed(Time(1), done, Status::Ok, &mut sink).unwrap();
+            let mut sink = Sink {
+                table: &mut self.table,
+                events: &mut self.events,
+                memory: &self.memory,
+            };
+            self.requests
+                .completed(Time(1), done, Status::Ok, &mut sink)
+                .unwrap();
         }
         assert!(self.locked.is_empty() && self.table.len() == 0 && self.requests.parts.is_empty());
         let (_, result) = self.queue.pop().expect("an answer");
@@ -89,9 +146,21 @@ impl Model {
 
     /// The disk reads through the kernel in the product; here the old bytes are put where the read would put them.
     fn read(&mut self, event: Event) -> Option<RequestId> {
-        let Event::Read { request, offset, length, buf, .. } = event else { panic!("{event:?}") };
+        let Event::Read {
+            request,
+            offset,
+            length,
+            buf,
+            ..
+        } = event
+        else {
+            panic!("{event:?}")
+        };
         let entry = self.table.get_mut(buf).expect("the buffer of a read");
-        let bytes = entry.buf.get_mut().expect("a read of one sector into its own buffer");
+        let bytes = entry
+            .buf
+            .get_mut()
+            .expect("a read of one sector into its own buffer");
         bytes.copy_from_slice(&self.disk[offset as usize..(offset + u64::from(length)) as usize]);
         Some(request)
     }
@@ -137,37 +206,94 @@ proptest! {
 fn a_large_write_is_split_and_answered_once_with_its_first_failure() {
     let mut model = Model::new(512);
     let buffer = model.write_buffer(0, &vec![7; (5 << 20) / 2]);
-    let mut sink = Sink { table: &mut model.table, events: &mut model.events, memory: &model.memory };
-    let request = Request::Write { offset: 0, buffer, fua: true };
-    model.requests.start(Time(5), model.shape, request, model.queue.completion(3), &mut sink);
+    let mut sink = Sink {
+        table: &mut model.table,
+        events: &mut model.events,
+        memory: &model.memory,
+    };
+    let request = Request::Write {
+        offset: 0,
+        buffer,
+        fua: true,
+    };
+    model.requests.start(
+        Time(5),
+        model.shape,
+        request,
+        model.queue.completion(3),
+        &mut sink,
+    );
     let lengths: Vec<(RequestId, u32)> = sink
         .events
         .drain(..)
         .map(|event| match event {
-            Event::Write { request, length, fua: true, .. } => (request, length),
+            Event::Write {
+                request,
+                length,
+                fua: true,
+                ..
+            } => (request, length),
             other => panic!("{other:?}"),
         })
         .collect();
-    assert_eq!(lengths.iter().map(|(_, length)| *length).collect::<Vec<_>>(), [1 << 20, 1 << 20, 1 << 19]);
+    assert_eq!(
+        lengths
+            .iter()
+            .map(|(_, length)| *length)
+            .collect::<Vec<_>>(),
+        [1 << 20, 1 << 20, 1 << 19]
+    );
     for (index, status) in [(1, Status::Ok), (0, Status::NotPrimary)] {
-        let ended = model.requests.completed(Time(9), lengths[index].0, status, &mut sink).unwrap();
+        let ended = model
+            .requests
+            .completed(Time(9), lengths[index].0, status, &mut sink)
+            .unwrap();
         assert!(ended.is_none() && model.queue.pop().is_none());
     }
-    let ended = model.requests.completed(Time(9), lengths[2].0, Status::Ok, &mut sink).unwrap().unwrap();
-    assert_eq!((ended.nanoseconds, ended.bytes, ended.ok), (4, (5 << 20) / 2, false));
+    let ended = model
+        .requests
+        .completed(Time(9), lengths[2].0, Status::Ok, &mut sink)
+        .unwrap()
+        .unwrap();
+    assert_eq!(
+        (ended.nanoseconds, ended.bytes, ended.ok),
+        (4, (5 << 20) / 2, false)
+    );
     let (slot, result) = model.queue.pop().unwrap();
-    assert_eq!((slot, result.unwrap_err().kind), (3, IoErrorKind::ShuttingDown));
+    assert_eq!(
+        (slot, result.unwrap_err().kind),
+        (3, IoErrorKind::ShuttingDown)
+    );
 }
 
 #[test]
 fn a_refused_lock_answers_the_request_and_unlocks_nothing() {
     let mut model = Model::new(512);
     let buffer = model.write_buffer(10, &[1; 20]);
-    let mut sink = Sink { table: &mut model.table, events: &mut model.events, memory: &model.memory };
-    let request = Request::Write { offset: 10, buffer, fua: false };
-    model.requests.start(Time(0), model.shape, request, model.queue.completion(0), &mut sink);
-    let Some(Event::Lock { request, .. }) = sink.events.pop_front() else { panic!() };
-    model.requests.completed(Time(0), request, Status::NotPrimary, &mut sink).unwrap();
+    let mut sink = Sink {
+        table: &mut model.table,
+        events: &mut model.events,
+        memory: &model.memory,
+    };
+    let request = Request::Write {
+        offset: 10,
+        buffer,
+        fua: false,
+    };
+    model.requests.start(
+        Time(0),
+        model.shape,
+        request,
+        model.queue.completion(0),
+        &mut sink,
+    );
+    let Some(Event::Lock { request, .. }) = sink.events.pop_front() else {
+        panic!()
+    };
+    model
+        .requests
+        .completed(Time(0), request, Status::NotPrimary, &mut sink)
+        .unwrap();
     assert!(sink.events.is_empty());
     assert!(model.queue.pop().unwrap().1.is_err());
 }

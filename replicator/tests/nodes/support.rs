@@ -22,7 +22,6 @@ pub struct TestNode {
     pub name: &'static str,
     pub dir: PathBuf,
     pub slot: u8,
-    pub id: String,
     peer: String,
     peer_slot: u8,
     /// Further services, as they stand in the configuration.
@@ -41,7 +40,12 @@ pub struct Settings {
 
 impl Default for Settings {
     fn default() -> Self {
-        Settings { mode: "sync", on_peer_loss: "continue", metadata: "internal", size: 16 << 20 }
+        Settings {
+            mode: "sync",
+            on_peer_loss: "continue",
+            metadata: "internal",
+            size: 16 << 20,
+        }
     }
 }
 
@@ -49,7 +53,10 @@ impl Default for Settings {
 fn log_if_asked() {
     if let Ok(filter) = tracing_subscriber::EnvFilter::try_from_env("HOLDFAST_LOG") {
         // The other test of this process was first.
-        let _ = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).try_init();
+        let _ = tracing_subscriber::fmt()
+            .with_env_filter(filter)
+            .with_writer(std::io::stderr)
+            .try_init();
     }
 }
 
@@ -72,7 +79,10 @@ pub fn two_nodes(root: &Path) -> [TestNode; 2] {
             fingerprints: made[other].0.fingerprints(),
             addresses: vec!["127.0.0.1:1".parse().unwrap()],
         };
-        PeerStore::load(made[this].0.dir()).unwrap().insert(peer).unwrap();
+        PeerStore::load(made[this].0.dir())
+            .unwrap()
+            .insert(peer)
+            .unwrap();
     }
     // The node with the smaller id dials.
     made.sort_by_key(|(identity, ..)| std::cmp::Reverse(identity.id()));
@@ -80,7 +90,6 @@ pub fn two_nodes(root: &Path) -> [TestNode; 2] {
         name: made[at].1,
         dir: root.join(made[at].1),
         slot: made[at].2,
-        id: made[at].0.id().to_string(),
         peer: made[other].0.id().to_string(),
         peer_slot: made[other].2,
         more: String::new(),
@@ -92,7 +101,9 @@ pub fn two_nodes(root: &Path) -> [TestNode; 2] {
 impl TestNode {
     pub fn config(&self, settings: &Settings, peer_address: Option<SocketAddr>) -> Config {
         let dir = &self.dir;
-        let addresses = peer_address.map(|address| format!("\"{address}\"")).unwrap_or_default();
+        let addresses = peer_address
+            .map(|address| format!("\"{address}\""))
+            .unwrap_or_default();
         let metadata = match settings.metadata {
             "internal" => "internal".to_owned(),
             name => dir.join(name).display().to_string(),
@@ -124,11 +135,22 @@ impl TestNode {
     }
 
     pub fn create(&self, settings: &Settings) {
-        create(&self.config(settings, None), "db", &CreateOptions::default()).unwrap();
+        create(
+            &self.config(settings, None),
+            "db",
+            &CreateOptions::default(),
+        )
+        .unwrap();
     }
 
-    pub async fn start(&mut self, settings: &Settings, peer_address: Option<SocketAddr>) -> SocketAddr {
-        let replicator = Replicator::start(self.config(settings, peer_address)).await.unwrap();
+    pub async fn start(
+        &mut self,
+        settings: &Settings,
+        peer_address: Option<SocketAddr>,
+    ) -> SocketAddr {
+        let replicator = Replicator::start(self.config(settings, peer_address))
+            .await
+            .unwrap();
         let address = replicator.addresses().link[0];
         self.replicator = Some(replicator);
         address
@@ -140,11 +162,23 @@ impl TestNode {
     }
 
     pub async fn command(&self, command: Command) -> AdminResult {
-        self.replicator.as_ref().unwrap().handle().command("db", command).await
+        self.replicator
+            .as_ref()
+            .unwrap()
+            .handle()
+            .command("db", command)
+            .await
     }
 
     pub async fn service(&self) -> ServiceReport {
-        self.replicator.as_ref().unwrap().handle().status().await.services.remove(0)
+        self.replicator
+            .as_ref()
+            .unwrap()
+            .handle()
+            .status()
+            .await
+            .services
+            .remove(0)
     }
 
     /// Waits for a state that only shows in the status.
@@ -155,7 +189,11 @@ impl TestNode {
             if judge(&report) {
                 return report;
             }
-            assert!(start.elapsed() < PATIENCE, "{}: waited in vain until {what}: {report:#?}", self.name);
+            assert!(
+                start.elapsed() < PATIENCE,
+                "{}: waited in vain until {what}: {report:#?}",
+                self.name
+            );
             tokio::time::sleep(Duration::from_millis(5)).await;
         }
     }
@@ -163,7 +201,10 @@ impl TestNode {
     /// The volume's bytes as they are on this node's disk.
     pub fn on_disk(&self, size: u64) -> Vec<u8> {
         let mut bytes = vec![0; size as usize];
-        std::fs::File::open(self.backing()).unwrap().read_exact(&mut bytes).unwrap();
+        std::fs::File::open(self.backing())
+            .unwrap()
+            .read_exact(&mut bytes)
+            .unwrap();
         bytes
     }
 }
@@ -202,14 +243,24 @@ impl Nbd {
             stream.read_exact(&mut body).unwrap();
             match kind {
                 1 => return Ok(Nbd { stream, size }),
-                3 if body[..2] == [0, 0] => size = u64::from_be_bytes(body[2..10].try_into().unwrap()),
+                3 if body[..2] == [0, 0] => {
+                    size = u64::from_be_bytes(body[2..10].try_into().unwrap())
+                }
                 3 => {}
                 error => return Err(error),
             }
         }
     }
 
-    fn request(&mut self, flags: u16, kind: u16, offset: u64, length: u32, payload: &[u8], answer: usize) -> Result<Vec<u8>, u32> {
+    fn request(
+        &mut self,
+        flags: u16,
+        kind: u16,
+        offset: u64,
+        length: u32,
+        payload: &[u8],
+        answer: usize,
+    ) -> Result<Vec<u8>, u32> {
         let mut request = 0x2560_9513u32.to_be_bytes().to_vec();
         request.extend(flags.to_be_bytes());
         request.extend(kind.to_be_bytes());
@@ -235,7 +286,15 @@ impl Nbd {
     }
 
     pub fn write(&mut self, offset: u64, data: &[u8], fua: bool) -> Result<(), u32> {
-        self.request(if fua { FUA } else { 0 }, 1, offset, data.len() as u32, data, 0).map(drop)
+        self.request(
+            if fua { FUA } else { 0 },
+            1,
+            offset,
+            data.len() as u32,
+            data,
+            0,
+        )
+        .map(drop)
     }
 
     /// Sends a write and does not wait for its answer.
