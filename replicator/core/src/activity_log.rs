@@ -35,8 +35,9 @@ enum State {
     /// A transaction in flight gives the slot to another extent. Still in the set, but no new write may rely on
     /// it.
     Leaving,
-    /// A transaction that would have given it away failed: the disk may say either. As `Leaving`, until the
-    /// next transaction is durable.
+    /// A transaction that gave it away, or may have, was not seen to become durable and may yet turn out to be:
+    /// its write failed, or it was found torn after a start. As `Leaving`, until the next transaction has taken
+    /// its place.
     Doubtful,
 }
 
@@ -367,6 +368,16 @@ impl ActivityLog {
         match self.replay(&ring) {
             Some(newest) => {
                 self.next_sequence = newest + 1;
+                let next = self.ring_block(self.next_sequence) as usize;
+                if matches!(ring[next], Found::Damaged) {
+                    // Torn, perhaps; its successor, torn too, could make it whole, and what it evicted would be
+                    // cold. Nothing is relied on before that successor is durable.
+                    for entry in &mut self.slots {
+                        if entry.state == State::Hot {
+                            entry.state = State::Doubtful;
+                        }
+                    }
+                }
                 (self, false)
             }
             None => {

@@ -320,7 +320,8 @@ impl Core {
                 layout,
                 blank: known != sb.disk,
                 superblock: sb,
-                unflushed: false,
+                // What an earlier process wrote may still be in the disk's cache.
+                unflushed: true,
                 discard_zeroes: v.discard_zeroes,
             });
         }

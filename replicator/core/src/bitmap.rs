@@ -22,6 +22,8 @@ pub const SUMMARY_CLEAN: u8 = 0;
 pub const SUMMARY_PARTIAL: u8 = 1;
 /// Summary byte: every bit is set; what the page itself holds on disk does not count.
 pub const SUMMARY_ALL_SET: u8 = 2;
+/// In place of the summary byte of a page whose summary block is damaged, for [`DirtyBitmap::load`] alone.
+pub const SUMMARY_DAMAGED: u8 = 0xff;
 
 /// Fewest partial pages a bitmap can be bounded to.
 pub const MIN_PARTIAL_PAGES: usize = 8;
@@ -599,7 +601,8 @@ impl DirtyBitmap {
     /// if they were damaged. Returns false if the page had to be taken as all set because of damage.
     ///
     /// To be called before anything else happens to the page. Of a damaged summary block, load every page as
-    /// [`SUMMARY_ALL_SET`].
+    /// [`SUMMARY_DAMAGED`]. A damaged page counts as not durable until it is saved: a torn block can be made whole
+    /// by the next write to it, when that is torn too, and then says what it said before the damage.
     pub fn load(&mut self, page: u64, summary: u8, words: Option<&PageWords>) -> bool {
         let at = page as usize;
         assert!(
@@ -632,6 +635,9 @@ impl DirtyBitmap {
         // What was read is durable. (A page that had to make room for it is marked by `make_partial`.)
         state.unsaved = 0;
         self.unsaved_sets.remove(at);
+        if !intact {
+            self.mark_unsaved(at, u64::MAX);
+        }
         intact
     }
 

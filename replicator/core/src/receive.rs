@@ -518,7 +518,6 @@ impl Core {
                 });
             }
             (_, Data::Buf { buf, .. }) => {
-                self.volumes[volume.0 as usize].unflushed = true;
                 out.push(Action::DiskWrite {
                     op: id,
                     volume,
@@ -529,7 +528,6 @@ impl Core {
                 });
             }
             (_, Data::Zero { unmap }) => {
-                self.volumes[volume.0 as usize].unflushed = true;
                 out.push(Action::DiskZero {
                     op: id,
                     volume,
@@ -582,6 +580,10 @@ impl Core {
         let verify = matches!(op.kind, ApplyKind::Verify { .. });
         if result.is_err() && !verify {
             return self.disk_failed("a replicated write failed", out);
+        }
+        if !verify {
+            // From its completion on: a flush that began before may not have covered it.
+            self.volumes[op.volume.0 as usize].unflushed = true;
         }
         if op.kind == ApplyKind::Write
             && let Some(entry) = self.window.get_mut(op.position)

@@ -402,34 +402,6 @@ impl Core {
             local_done: is_flush,
             holds_log: !is_flush && self.tuning.activity_log,
         });
-        // The local leg.
-        match data {
-            Data::Buf { buf, .. } => {
-                self.volumes[volume.0 as usize].unflushed = true;
-                let op = OpId(key as u64);
-                out.push(Action::DiskWrite {
-                    op,
-                    volume,
-                    offset,
-                    length: length as u32,
-                    buf,
-                    fua,
-                });
-            }
-            Data::Zero { unmap } => {
-                self.volumes[volume.0 as usize].unflushed = true;
-                let op = OpId(key as u64);
-                out.push(Action::DiskZero {
-                    op,
-                    volume,
-                    offset,
-                    length,
-                    unmap,
-                    fua,
-                });
-            }
-            Data::Flush => self.flush_locally(FlushFor::Client(key), out),
-        }
         // The peers' legs.
         let mut legs = [Leg::None; MAX_COPIES];
         for at in 0..self.peers.len() {
@@ -454,6 +426,32 @@ impl Core {
         if let Some(Op::Client(op)) = self.ops.get_mut(key) {
             op.local_left = 1;
             op.legs = legs;
+        }
+        // The local leg comes last: a flush of a clean disk is over at once, and must find its other legs set.
+        match data {
+            Data::Buf { buf, .. } => {
+                let op = OpId(key as u64);
+                out.push(Action::DiskWrite {
+                    op,
+                    volume,
+                    offset,
+                    length: length as u32,
+                    buf,
+                    fua,
+                });
+            }
+            Data::Zero { unmap } => {
+                let op = OpId(key as u64);
+                out.push(Action::DiskZero {
+                    op,
+                    volume,
+                    offset,
+                    length,
+                    unmap,
+                    fua,
+                });
+            }
+            Data::Flush => self.flush_locally(FlushFor::Client(key), out),
         }
         if required
             .iter()
@@ -605,6 +603,10 @@ impl Core {
         }
         if result.is_err() {
             return self.disk_failed("a write of the application failed", out);
+        }
+        // From its completion on a write needs a flush: one that began before may not have covered it.
+        if let Some(Op::Client(op)) = self.ops.get(key) {
+            self.volumes[op.volume.0 as usize].unflushed = true;
         }
         if let Some(entry) = self.window.get_mut(position) {
             entry.local_done = true;

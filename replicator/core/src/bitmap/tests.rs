@@ -1,4 +1,5 @@
 use super::*;
+use holdfast_wire_format::ids::VolumeIndex;
 use proptest::prelude::*;
 
 const GRAIN: u8 = 12;
@@ -191,13 +192,14 @@ fn damage_means_every_block() {
     words[0] = 0b1010;
     assert!(b.load(0, SUMMARY_PARTIAL, Some(&words)));
     assert!(!b.load(1, SUMMARY_PARTIAL, None));
-    assert!(!b.load(2, 77, None));
+    assert!(!b.load(2, SUMMARY_DAMAGED, None));
     assert_eq!(b.next_run(0, u64::MAX), Some((1, 1)));
     assert_eq!(
         b.next_run(4, u64::MAX),
         Some((PAGE_BITS, b.bits() - PAGE_BITS))
     );
-    assert!(b.is_saved(), "the disk says the same");
+    assert_eq!(b.unsaved_pages().collect::<Vec<_>>(), [1, 2]);
+    assert!(b.unsaved_sets_in(PAGE_BYTES, 1) && !b.unsaved_sets_in(0, 1));
 }
 
 fn save_everything(b: &mut DirtyBitmap) {
@@ -309,29 +311,67 @@ fn apply(b: &mut DirtyBitmap, change: &Change) -> Option<u64> {
     }
 }
 
-/// What a disk holds of one bitmap. `None`: damaged by a torn write.
-#[derive(Clone)]
-struct Disk {
-    pages: Vec<Option<PageWords>>,
-    summaries: Vec<Option<Vec<u8>>>,
-}
-
 const TEST_SUMMARY_PAGES: u64 = 2;
+const VOLUME: VolumeIndex = VolumeIndex(0);
+
+/// What a disk holds of one bitmap: its 3 pages, then its 2 summary blocks.
+#[derive(Clone)]
+struct Disk([[u8; 4096]; 5]);
 
 impl Disk {
+    fn new() -> Self {
+        let summary = |number| bitmap_page::encode_summary(VOLUME, 0, number, &[]);
+        Disk([[0; 4096], [0; 4096], [0; 4096], summary(0), summary(1)])
+    }
+
     fn load(&self) -> DirtyBitmap {
         let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
-        for page in 0..self.pages.len() {
-            let (block, at) = (
-                page / TEST_SUMMARY_PAGES as usize,
-                page % TEST_SUMMARY_PAGES as usize,
-            );
-            let summary = self.summaries[block]
-                .as_ref()
-                .map_or(SUMMARY_ALL_SET, |s| s[at]);
-            b.load(page as u64, summary, self.pages[page].as_ref());
+        b.summary_pages = TEST_SUMMARY_PAGES;
+        for page in 0..3 {
+            let block = page / TEST_SUMMARY_PAGES;
+            let entries =
+                bitmap_page::decode_summary(&self.0[3 + block as usize], VOLUME, 0, block);
+            let summary =
+                entries.map_or(SUMMARY_DAMAGED, |e| e[(page % TEST_SUMMARY_PAGES) as usize]);
+            let words = bitmap_page::decode_page(&self.0[page as usize], VOLUME, 0, page).ok();
+            b.load(page, summary, words.as_ref());
         }
         b
+    }
+
+    /// Each of the 8 sectors lands or not: a bit of `how` each.
+    fn land(&mut self, write: &(usize, [u8; 4096]), how: u8) {
+        for sector in (0..8).filter(|s| how & 1 << s != 0) {
+            let range = sector * 512..sector * 512 + 512;
+            self.0[write.0][range.clone()].copy_from_slice(&write.1[range]);
+        }
+    }
+}
+
+fn page_write(b: &mut DirtyBitmap, page: u64) -> Option<(usize, [u8; 4096])> {
+    let words = b.begin_save(page)?.words?;
+    Some((
+        page as usize,
+        bitmap_page::encode_page(VOLUME, 0, page, &words),
+    ))
+}
+
+fn summary_write(b: &mut DirtyBitmap, block: u64) -> Option<(usize, [u8; 4096])> {
+    let entries = b.begin_summary(block)?;
+    Some((
+        3 + block as usize,
+        bitmap_page::encode_summary(VOLUME, 0, block, &entries),
+    ))
+}
+
+fn write_ended(b: &mut DirtyBitmap, block: usize, ok: bool) {
+    match (block.checked_sub(3), ok) {
+        (None, true) => {
+            let _ = b.page_saved(block as u64);
+        }
+        (None, false) => b.page_failed(block as u64),
+        (Some(summary), true) => b.summary_saved(summary as u64),
+        (Some(summary), false) => b.summary_failed(summary as u64),
     }
 }
 
@@ -339,28 +379,69 @@ impl Disk {
 enum Step {
     Change(Change),
     Begin(u64),
-    EndPage(usize, bool),
     BeginSummary(u64),
-    EndSummary(usize, bool),
+    /// A write ends; one that fails leaves some sectors.
+    End(usize, bool, u8),
+    /// The machine goes down and starts again; of each write some sectors have landed.
+    Crash,
+}
+
+fn mask() -> impl Strategy<Value = u8> {
+    prop_oneof![Just(0u8), Just(255), any::<u8>()]
 }
 
 fn step() -> impl Strategy<Value = Step> {
     prop_oneof![
-        5 => change().prop_map(Step::Change),
-        4 => (0u64..3).prop_map(Step::Begin),
-        3 => (any::<usize>(), prop::bool::weighted(0.9)).prop_map(|(a, b)| Step::EndPage(a, b)),
-        3 => (0u64..2).prop_map(Step::BeginSummary),
-        3 => (any::<usize>(), prop::bool::weighted(0.9)).prop_map(|(a, b)| Step::EndSummary(a, b)),
+        6 => change().prop_map(Step::Change),
+        5 => (0u64..3).prop_map(Step::Begin),
+        4 => (0u64..2).prop_map(Step::BeginSummary),
+        8 => (any::<usize>(), prop::bool::weighted(0.9), mask()).prop_map(|(a, b, c)| Step::End(a, b, c)),
+        1 => Just(Step::Crash),
     ]
 }
 
-/// How an unfinished or failed write left its block.
-fn settle<T: Clone>(place: &mut Option<T>, new: &T, how: u8) {
-    match how % 3 {
-        0 => {}
-        1 => *place = Some(new.clone()),
-        _ => *place = None,
+fn check_recovery(b: &DirtyBitmap, recovered: &DirtyBitmap) -> Result<(), TestCaseError> {
+    for bit in 0..b.bits() {
+        if b.bit(bit) && !b.unsaved_sets_in(bit << GRAIN, 1) {
+            prop_assert!(
+                recovered.bit(bit),
+                "bit {} was reported durable and is gone",
+                bit
+            );
+        }
     }
+    Ok(())
+}
+
+/// A page that was torn twice: the second write completes what the first one wrote.
+#[test]
+fn d7_a_torn_page_completed_by_its_successor_loses_nothing() {
+    let mut disk = Disk::new();
+    let mut b = disk.load();
+    // On disk and announced, so that the next writes go in place.
+    b.set(0, 4096);
+    disk.land(
+        &page_write(&mut b, 0).expect("there is something to save"),
+        255,
+    );
+    write_ended(&mut b, 0, true);
+    disk.land(&summary_write(&mut b, 0).expect("a byte is due"), 255);
+    write_ended(&mut b, 3, true);
+    b.set(PAGE_BYTES - 4096, 4096);
+    disk.land(
+        &page_write(&mut b, 0).expect("there is something to save"),
+        0b1000_0000,
+    );
+    let mut b = disk.load();
+    assert!(b.all_set(0, PAGE_BYTES), "a torn page says everything");
+    // A resync clears all but the first and the last block; another block is dirtied meanwhile.
+    b.clear(4096, PAGE_BYTES - 8192);
+    b.set(40_000 << 3, 4096);
+    disk.land(
+        &page_write(&mut b, 0).expect("there is something to save"),
+        0b0000_0001,
+    );
+    check_recovery(&b, &disk.load()).expect("nothing is lost");
 }
 
 proptest! {
@@ -402,94 +483,52 @@ proptest! {
         }
     }
 
-    /// D6, D7: whatever the order of changes and saves, whatever a crash does to the writes in flight and whatever
-    /// a failed write left behind, a set bit that was reported durable is there after recovery.
+    /// D6, D7: whatever the order of changes and saves, whatever crashes do to the writes in flight and whatever
+    /// failed writes leave behind, a set bit that was reported durable is there after recovery.
     #[test]
     fn d7_crash_loses_no_bit_reported_durable(
-        steps in prop::collection::vec((step(), any::<u8>()), 1..40),
-        crash in prop::collection::vec(any::<u8>(), 8),
+        steps in prop::collection::vec(step(), 1..60),
+        landed in prop::collection::vec(mask(), 61),
     ) {
-        let mut b = DirtyBitmap::new(SIZE, GRAIN, 8);
-        b.summary_pages = TEST_SUMMARY_PAGES;
-        let mut disk = Disk { pages: vec![None; 3], summaries: vec![Some(vec![0, 0]), Some(vec![0])] };
-        let mut pages: Vec<(u64, PageWords)> = Vec::new();
-        let mut summaries: Vec<(u64, Vec<u8>)> = Vec::new();
-        for (step, how) in steps {
+        let mut disk = Disk::new();
+        let mut b = disk.load();
+        let mut writes: Vec<(usize, [u8; 4096])> = Vec::new();
+        let mut landed = landed.into_iter().cycle();
+        for step in steps.into_iter().chain([Step::Crash]) {
             match step {
                 Step::Change(change) => {
                     apply(&mut b, &change);
                 }
-                Step::Begin(page) => {
-                    if let Some(words) = b.begin_save(page).and_then(|image| image.words) {
-                        pages.push((page, *words));
-                    }
+                Step::Begin(page) => writes.extend(page_write(&mut b, page)),
+                Step::BeginSummary(block) => writes.extend(summary_write(&mut b, block)),
+                Step::End(pick, ok, how) if !writes.is_empty() => {
+                    let write = writes.remove(pick % writes.len());
+                    disk.land(&write, if ok { 255 } else { how });
+                    write_ended(&mut b, write.0, ok);
                 }
-                Step::EndPage(pick, ok) => {
-                    if pages.is_empty() {
-                        continue;
+                Step::End(..) => {}
+                Step::Crash => {
+                    for write in writes.drain(..) {
+                        disk.land(&write, landed.next().unwrap_or(0));
                     }
-                    let (page, words) = pages.remove(pick % pages.len());
-                    if ok {
-                        disk.pages[page as usize] = Some(words);
-                        let _ = b.page_saved(page);
-                    } else {
-                        settle(&mut disk.pages[page as usize], &words, how);
-                        b.page_failed(page);
-                    }
-                }
-                Step::BeginSummary(block) => {
-                    if let Some(bytes) = b.begin_summary(block) {
-                        summaries.push((block, bytes));
-                    }
-                }
-                Step::EndSummary(pick, ok) => {
-                    if summaries.is_empty() {
-                        continue;
-                    }
-                    let (block, bytes) = summaries.remove(pick % summaries.len());
-                    if ok {
-                        disk.summaries[block as usize] = Some(bytes);
-                        b.summary_saved(block);
-                    } else {
-                        settle(&mut disk.summaries[block as usize], &bytes, how);
-                        b.summary_failed(block);
-                    }
+                    let recovered = disk.load();
+                    check_recovery(&b, &recovered)?;
+                    b = recovered;
                 }
             }
         }
-        let mut crashed = disk.clone();
-        for ((page, words), how) in pages.iter().zip(&crash) {
-            settle(&mut crashed.pages[*page as usize], words, *how);
-        }
-        for ((block, bytes), how) in summaries.iter().zip(crash.iter().rev()) {
-            settle(&mut crashed.summaries[*block as usize], bytes, *how);
-        }
-        let recovered = crashed.load();
-        for bit in 0..b.bits() {
-            if b.bit(bit) && !b.unsaved_sets_in(bit << GRAIN, 1) {
-                prop_assert!(recovered.bit(bit), "bit {} was reported durable and is gone", bit);
-            }
-        }
-        // Everything finishes: the disk then says exactly what memory says.
-        for (page, words) in pages {
-            disk.pages[page as usize] = Some(words);
-            let _ = b.page_saved(page);
-        }
-        for (block, bytes) in summaries {
-            disk.summaries[block as usize] = Some(bytes);
-            b.summary_saved(block);
-        }
+        // When everything is saved, the disk says exactly what memory says.
         for _ in 0..2 {
             for page in 0..3 {
-                if let Some(words) = b.begin_save(page).and_then(|image| image.words) {
-                    disk.pages[page as usize] = Some(*words);
-                    let _ = b.page_saved(page);
+                if let Some(write) = page_write(&mut b, page) {
+                    disk.land(&write, 255);
+                    write_ended(&mut b, write.0, true);
                 }
             }
             for block in 0..2 {
-                if let Some(bytes) = b.begin_summary(block) {
-                    disk.summaries[block as usize] = Some(bytes);
-                    b.summary_saved(block);
+                if let Some(write) = summary_write(&mut b, block) {
+                    disk.land(&write, 255);
+                    write_ended(&mut b, write.0, true);
                 }
             }
         }
