@@ -394,7 +394,9 @@ mod tests {
             ["holdfast", "--socket", "/s", "status"],
             ["holdfast", "status", "--socket", "/s"],
         ] {
-            let cli = Cli::try_parse_from(arguments).ok().and_then(|cli| cli.place.socket);
+            let cli = Cli::try_parse_from(arguments)
+                .ok()
+                .and_then(|cli| cli.place.socket);
             assert_eq!(cli, Some(PathBuf::from("/s")), "{arguments:?}");
         }
     }

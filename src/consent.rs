@@ -23,9 +23,16 @@ pub fn ask(doing: &str, loss: &str, yes: bool) -> Outcome {
     }
     eprint!("Type yes to go on: ");
     let mut answer = String::new();
-    let typed = std::io::stderr().flush().and_then(|()| std::io::stdin().lock().read_line(&mut answer));
+    let typed = std::io::stderr()
+        .flush()
+        .and_then(|()| std::io::stdin().lock().read_line(&mut answer));
     if typed.is_ok() && answer.trim() == "yes" {
         return Ok(());
     }
-    Err(Failure::new(FAILED, "not confirmed", "Nothing was changed", ""))
+    Err(Failure::new(
+        FAILED,
+        "not confirmed",
+        "Nothing was changed",
+        "",
+    ))
 }

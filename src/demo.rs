@@ -7,10 +7,22 @@ use holdfast_replicator::demo::{Figures, Options, run as demo};
 
 pub fn run(options: &Demo) -> Outcome {
     let exe = std::env::current_exe().map_err(|error| {
-        Failure::new(FAILED, format!("this program cannot find itself: {error}"), "", "")
+        Failure::new(
+            FAILED,
+            format!("this program cannot find itself: {error}"),
+            "",
+            "",
+        )
     })?;
     let mut figures = Figures::default();
-    let result = demo(&exe, Options { json: options.json, keep: options.keep }, &mut figures);
+    let result = demo(
+        &exe,
+        Options {
+            json: options.json,
+            keep: options.keep,
+        },
+        &mut figures,
+    );
     if options.json {
         print(&json_line(&figures));
     }

@@ -6,5 +6,7 @@ use holdfast_replicator::control::protocol::ServiceCommand;
 
 pub fn run(place: &Place, options: &Peer) -> Outcome {
     let peer = options.peer.clone();
-    place.session(&options.service)?.run(ServiceCommand::Disconnect { peer })
+    place
+        .session(&options.service)?
+        .run(ServiceCommand::Disconnect { peer })
 }

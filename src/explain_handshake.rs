@@ -4,6 +4,11 @@ use crate::cli::{ExplainHandshake, Place};
 use crate::failure::Outcome;
 
 pub fn run(place: &Place, options: &ExplainHandshake) -> Outcome {
-    println!("{}", place.connect()?.explain_handshake(&options.service, &options.peer)?);
+    println!(
+        "{}",
+        place
+            .connect()?
+            .explain_handshake(&options.service, &options.peer)?
+    );
     Ok(())
 }

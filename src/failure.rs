@@ -30,7 +30,12 @@ impl Failure {
         kept: impl Into<String>,
         next: impl Into<String>,
     ) -> Self {
-        Failure { code, what: what.into(), kept: kept.into(), next: next.into() }
+        Failure {
+            code,
+            what: what.into(),
+            kept: kept.into(),
+            next: next.into(),
+        }
     }
 
     /// For errors of the libraries whose sentence already says what to do.
@@ -56,7 +61,11 @@ impl miette::Diagnostic for Failure {
                 lines.push(format!("{sentence}."));
             }
         }
-        if lines.is_empty() { None } else { Some(Box::new(lines.join("\n"))) }
+        if lines.is_empty() {
+            None
+        } else {
+            Some(Box::new(lines.join("\n")))
+        }
     }
 }
 

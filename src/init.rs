@@ -5,7 +5,11 @@ use crate::failure::{Failure, Outcome};
 use holdfast_replicator::control::membership::{Own, init};
 
 pub fn run(place: &Place, options: &Init) -> Outcome {
-    let own = Own::find(place.config.as_deref(), options.state.state_dir.as_deref(), &[]);
+    let own = Own::find(
+        place.config.as_deref(),
+        options.state.state_dir.as_deref(),
+        &[],
+    );
     let identity =
         init(&own, options.name.as_deref()).map_err(|error| Failure::from_error(&error))?;
     println!(

@@ -2,6 +2,7 @@
 
 use crate::cli::{Join, Place};
 use crate::failure::{FAILED, Failure, Outcome};
+use crate::output::RESTART;
 use holdfast_replicator::control::membership::{Own, join};
 use std::io::IsTerminal as _;
 
@@ -16,7 +17,10 @@ pub fn run(place: &Place, options: &Join) -> Outcome {
         None => read_token()?,
     };
     let peer = join(&own, token.trim()).map_err(|error| Failure::from_error(&error))?;
-    println!("joined node {} ({}); the two trust each other now", peer.name, peer.id);
+    println!(
+        "joined node {} ({}); the two trust each other now. {RESTART}",
+        peer.name, peer.id
+    );
     Ok(())
 }
 

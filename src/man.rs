@@ -7,7 +7,12 @@ use clap::CommandFactory as _;
 
 pub fn run(options: &Man) -> Outcome {
     let fail = |error: std::io::Error| {
-        Failure::new(FAILED, format!("the manual pages were not written: {error}"), "", "Choose another directory")
+        Failure::new(
+            FAILED,
+            format!("the manual pages were not written: {error}"),
+            "",
+            "Choose another directory",
+        )
     };
     match &options.directory {
         Some(directory) => {
@@ -16,7 +21,9 @@ pub fn run(options: &Man) -> Outcome {
         }
         None => {
             let mut page = Vec::new();
-            clap_mangen::Man::new(Cli::command()).render(&mut page).map_err(fail)?;
+            clap_mangen::Man::new(Cli::command())
+                .render(&mut page)
+                .map_err(fail)?;
             print(&String::from_utf8_lossy(&page));
             Ok(())
         }

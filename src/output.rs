@@ -2,10 +2,15 @@
 
 use std::io::{IsTerminal as _, Write as _};
 
+/// Peers are read when a replicator starts.
+pub const RESTART: &str = "A replicator that runs already knows of it once it is restarted.";
+
 /// Prints at once. False when nobody reads any more: a follower then stops quietly.
 pub fn print(text: &str) -> bool {
     let mut out = std::io::stdout().lock();
-    out.write_all(text.as_bytes()).and_then(|()| out.flush()).is_ok()
+    out.write_all(text.as_bytes())
+        .and_then(|()| out.flush())
+        .is_ok()
 }
 
 /// One JSON value and the end of the line.
@@ -18,5 +23,9 @@ pub fn json_line<T: serde::Serialize>(value: &T) -> String {
 
 /// What starts a new screen: on a terminal it replaces the old one.
 pub fn clear_screen() -> &'static str {
-    if std::io::stdout().is_terminal() { "\x1b[H\x1b[2J" } else { "\n" }
+    if std::io::stdout().is_terminal() {
+        "\x1b[H\x1b[2J"
+    } else {
+        "\n"
+    }
 }

@@ -24,7 +24,10 @@ impl Progress {
             bar.set_prefix(what);
             bar
         });
-        Progress { bar, last_line: Cell::new(None) }
+        Progress {
+            bar,
+            last_line: Cell::new(None),
+        }
     }
 
     pub fn show(&self, done: u64, total: u64, text: &str) {
@@ -35,7 +38,10 @@ impl Progress {
                 bar.set_message(text.to_string());
             }
             None => {
-                let due = self.last_line.get().is_none_or(|last| last.elapsed() >= PLAIN_INTERVAL);
+                let due = self
+                    .last_line
+                    .get()
+                    .is_none_or(|last| last.elapsed() >= PLAIN_INTERVAL);
                 if due {
                     eprintln!("{text}");
                     self.last_line.set(Some(Instant::now()));

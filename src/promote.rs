@@ -16,5 +16,7 @@ pub fn run(place: &Place, options: &Promote) -> Outcome {
         );
         consent::ask(&doing, &loss, options.yes)?;
     }
-    session.run(ServiceCommand::Promote { force: options.force })
+    session.run(ServiceCommand::Promote {
+        force: options.force,
+    })
 }

@@ -5,6 +5,10 @@ use crate::failure::Outcome;
 use holdfast_replicator::control::protocol::ServiceCommand;
 
 pub fn run(place: &Place, options: &Hold) -> Outcome {
-    let command = if options.io { ServiceCommand::ResumeIo } else { ServiceCommand::ResumeResync };
+    let command = if options.io {
+        ServiceCommand::ResumeIo
+    } else {
+        ServiceCommand::ResumeResync
+    };
     place.session(&options.service)?.run(command)
 }

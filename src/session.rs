@@ -45,12 +45,23 @@ fn only_service(node: &NodeStatus) -> Result<String, Failure> {
     match node.services.as_slice() {
         [service] => Ok(service.name.clone()),
         services => {
-            let names: Vec<&str> = services.iter().map(|service| service.name.as_str()).collect();
+            let names: Vec<&str> = services
+                .iter()
+                .map(|service| service.name.as_str())
+                .collect();
             Err(Failure::new(
                 FAILED,
-                format!("node {} has {} services; name the one you mean", node.node, services.len()),
+                format!(
+                    "node {} has {} services; name the one you mean",
+                    node.node,
+                    services.len()
+                ),
                 "Nothing was changed",
-                if names.is_empty() { String::new() } else { format!("It has: {}", names.join(", ")) },
+                if names.is_empty() {
+                    String::new()
+                } else {
+                    format!("It has: {}", names.join(", "))
+                },
             ))
         }
     }
@@ -66,20 +77,26 @@ impl Session {
 
     /// What discarding this copy's writes, or forcing it, would lose.
     pub fn loss(&mut self) -> Result<String, Failure> {
-        Ok(self.client.command(&self.service, ServiceCommand::WhatWouldForceLose)?)
+        Ok(self
+            .client
+            .command(&self.service, ServiceCommand::WhatWouldForceLose)?)
     }
 
     /// The service's status now.
     pub fn report(&mut self) -> Result<ServiceReport, Failure> {
         let status = self.client.status()?;
         let node = status.node;
-        status.services.into_iter().find(|service| service.name == self.service).ok_or_else(|| {
-            Failure::new(
-                FAILED,
-                format!("node {node} has no service {:?}", self.service),
-                "Nothing was changed",
-                "`holdfast status` lists the services",
-            )
-        })
+        status
+            .services
+            .into_iter()
+            .find(|service| service.name == self.service)
+            .ok_or_else(|| {
+                Failure::new(
+                    FAILED,
+                    format!("node {node} has no service {:?}", self.service),
+                    "Nothing was changed",
+                    "`holdfast status` lists the services",
+                )
+            })
     }
 }

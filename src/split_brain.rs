@@ -17,7 +17,9 @@ fn show(place: &Place, service: &Service) -> Outcome {
     let loss = session.loss()?;
     println!("this node, {}: {loss}", session.client.node());
     for peer in session.report()?.peers {
-        let facts = session.client.explain_handshake(&session.service, &peer.name)?;
+        let facts = session
+            .client
+            .explain_handshake(&session.service, &peer.name)?;
         println!("\nwith {}: {facts}", peer.name);
     }
     Ok(())

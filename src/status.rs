@@ -14,7 +14,11 @@ pub fn run(place: &Place, options: &Status) -> Outcome {
             if options.json {
                 return print(&json_line(&status));
             }
-            print(&format!("{}{}", clear_screen(), render::status(&status, style)))
+            print(&format!(
+                "{}{}",
+                clear_screen(),
+                render::status(&status, style)
+            ))
         })?;
         return Ok(());
     }
@@ -24,7 +28,11 @@ pub fn run(place: &Place, options: &Status) -> Outcome {
     } else {
         print(&render::status(&status, Style::stdout()));
     }
-    if options.check { check(&status) } else { Ok(()) }
+    if options.check {
+        check(&status)
+    } else {
+        Ok(())
+    }
 }
 
 fn check(status: &NodeStatus) -> Outcome {
@@ -37,5 +45,10 @@ fn check(status: &NodeStatus) -> Outcome {
     if bad.is_empty() {
         return Ok(());
     }
-    Err(Failure::new(FOUND_BAD, format!("not healthy: {}", bad.join(", ")), "", ""))
+    Err(Failure::new(
+        FOUND_BAD,
+        format!("not healthy: {}", bad.join(", ")),
+        "",
+        "",
+    ))
 }

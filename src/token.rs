@@ -2,7 +2,7 @@
 
 use crate::cli::{Place, Token};
 use crate::failure::{Failure, Outcome};
-use crate::output::print;
+use crate::output::{RESTART, print};
 use holdfast_replicator::control::membership::{Own, wait_for_peer};
 use std::time::Duration;
 
@@ -29,6 +29,9 @@ pub fn run(place: &Place, options: &Token) -> Outcome {
         |error| eprintln!("refused: {error}"),
     )
     .map_err(|error| Failure::from_error(&error))?;
-    eprintln!("node {} ({}) has joined; the two trust each other now", peer.name, peer.id);
+    eprintln!(
+        "node {} ({}) has joined; the two trust each other now. {RESTART}",
+        peer.name, peer.id
+    );
     Ok(())
 }

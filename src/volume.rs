@@ -1,8 +1,6 @@
 //! `holdfast volume`
 
-use crate::cli::{
-    Place, Sizes, Volume, VolumeAdopt, VolumeCreate, VolumeRemove, VolumeReplace,
-};
+use crate::cli::{Place, Sizes, Volume, VolumeAdopt, VolumeCreate, VolumeRemove, VolumeReplace};
 use crate::consent;
 use crate::failure::{FAILED, Failure, Outcome};
 use crate::output::{json_line, print};
@@ -17,7 +15,11 @@ pub fn run(place: &Place, verb: &Volume) -> Outcome {
         Volume::Create(options) => create(place, options),
         Volume::Adopt(options) => adopt(place, options),
         Volume::List { json } => list(place, *json),
-        Volume::Grow { service, volume, size } => grow(place, service, volume, size),
+        Volume::Grow {
+            service,
+            volume,
+            size,
+        } => grow(place, service, volume, size),
         Volume::ReplaceDisk(options) => replace_disk(place, options),
         Volume::Remove(options) => remove(place, options),
     }
@@ -74,7 +76,11 @@ fn tell(created: &Created) {
             volume.path.display(),
             render::bytes(volume.metadata_size),
             volume.metadata_path.display(),
-            if volume.zeroed { "; reads zero everywhere" } else { "" }
+            if volume.zeroed {
+                "; reads zero everywhere"
+            } else {
+                ""
+            }
         );
     }
     if created.in_sync.is_empty() {
@@ -91,7 +97,10 @@ fn create(place: &Place, options: &VolumeCreate) -> Outcome {
     let config = place.configuration()?;
     if options.overwrite_metadata {
         let loss = dump::loss(&config, &options.service, None).map_err(failed)?;
-        let doing = format!("Making service {} anew; this copy forgets what it was:", options.service);
+        let doing = format!(
+            "Making service {} anew; this copy forgets what it was:",
+            options.service
+        );
         consent::ask(&doing, &loss, options.yes)?;
     }
     let chosen = CreateOptions {
@@ -145,7 +154,10 @@ fn list(place: &Place, json: bool) -> Outcome {
 
 fn grow(place: &Place, service: &str, volume: &str, text: &str) -> Outcome {
     let size = size(text)?;
-    let command = ServiceCommand::Grow { volume: volume.to_string(), size };
+    let command = ServiceCommand::Grow {
+        volume: volume.to_string(),
+        size,
+    };
     println!("{}", place.connect()?.command(service, command)?);
     Ok(())
 }
@@ -184,6 +196,9 @@ fn remove(place: &Place, options: &VolumeRemove) -> Outcome {
     );
     consent::ask(&doing, &loss, options.yes)?;
     create::remove(&config, &options.service, &options.volume).map_err(failed)?;
-    println!("removed; take the volume out of {} now", config.file.display());
+    println!(
+        "removed; take the volume out of {} now",
+        config.file.display()
+    );
     Ok(())
 }

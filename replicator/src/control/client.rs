@@ -264,6 +264,32 @@ impl Client {
         })
     }
 
+    /// Sends a command that may take hours and is answered when it has ended, such as a verification: what the
+    /// service said within `patience`, or none when it is at work by then. It goes on without this connection.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn begin(
+        mut self,
+        service: &str,
+        command: ServiceCommand,
+        patience: Duration,
+    ) -> Result<Option<String>, ClientError> {
+        let limited = self.reader.get_ref().set_read_timeout(Some(patience));
+        limited.map_err(|source| self.broken(source))?;
+        match self.command(service, command) {
+            Err(ClientError::Io { source, .. })
+                if matches!(
+                    source.kind(),
+                    io::ErrorKind::WouldBlock | io::ErrorKind::TimedOut
+                ) =>
+            {
+                Ok(None)
+            }
+            answered => answered.map(Some),
+        }
+    }
+
     /// What the last handshake with a peer decided, and from which facts.
     ///
     /// # Errors

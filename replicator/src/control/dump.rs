@@ -20,7 +20,11 @@ pub enum DumpError {
     #[error("there is no service {service} in {}; nothing was read", file.display())]
     NoService { service: String, file: PathBuf },
     #[error("service {service} has no volume {volume} in {}; nothing was read", file.display())]
-    NoVolume { service: String, volume: String, file: PathBuf },
+    NoVolume {
+        service: String,
+        volume: String,
+        file: PathBuf,
+    },
 }
 
 /// One volume's metadata, or why there is none to show.
@@ -100,7 +104,11 @@ pub struct PeerRecordReport {
 /// The service is not configured. What is wrong with a single volume is in its dump instead.
 pub fn dump(config: &Config, service: Option<&str>) -> Result<Vec<VolumeDump>, DumpError> {
     let services: Vec<&ServiceConfig> = match service {
-        Some(name) => vec![config.service(name).ok_or_else(|| no_service(config, name))?],
+        Some(name) => vec![
+            config
+                .service(name)
+                .ok_or_else(|| no_service(config, name))?,
+        ],
         None => config.services.iter().collect(),
     };
     let hints = Hints::load(&config.node.state_dir);
@@ -112,7 +120,10 @@ pub fn dump(config: &Config, service: Option<&str>) -> Result<Vec<VolumeDump>, D
 }
 
 fn no_service(config: &Config, name: &str) -> DumpError {
-    DumpError::NoService { service: name.to_string(), file: config.file.clone() }
+    DumpError::NoService {
+        service: name.to_string(),
+        file: config.file.clone(),
+    }
 }
 
 /// In words: what this node's copy of a volume is, and whether another copy is known to have all of it.
@@ -120,7 +131,9 @@ fn no_service(config: &Config, name: &str) -> DumpError {
 /// # Errors
 /// The service or the volume is not configured.
 pub fn loss(config: &Config, service: &str, volume: Option<&str>) -> Result<String, DumpError> {
-    let found = config.service(service).ok_or_else(|| no_service(config, service))?;
+    let found = config
+        .service(service)
+        .ok_or_else(|| no_service(config, service))?;
     if let Some(volume) = volume
         && found.volume(volume).is_none()
     {
@@ -134,7 +147,10 @@ pub fn loss(config: &Config, service: &str, volume: Option<&str>) -> Result<Stri
     // The state of the service as a whole is on its first volume.
     let lead = dumps.first().and_then(|dump| dump.superblock.as_ref());
     let mut text = String::new();
-    for dump in dumps.iter().filter(|dump| volume.is_none_or(|name| name == dump.volume)) {
+    for dump in dumps
+        .iter()
+        .filter(|dump| volume.is_none_or(|name| name == dump.volume))
+    {
         let _ = match &dump.superblock {
             Some(block) => writeln!(
                 text,
@@ -170,8 +186,12 @@ fn standing(service: &ServiceConfig, lead: &SuperblockReport) -> String {
         "this copy: {}, epoch {}, position {} or later\n",
         lead.state, lead.epoch, lead.position_at_least
     );
-    let others: Vec<String> =
-        lead.in_sync.iter().filter(|slot| **slot != lead.slot).map(name).collect();
+    let others: Vec<String> = lead
+        .in_sync
+        .iter()
+        .filter(|slot| **slot != lead.slot)
+        .map(name)
+        .collect();
     if others.is_empty() && lead.in_sync.contains(&lead.slot) {
         text.push_str(
             "NO OTHER COPY is known to hold every acknowledged write: what only this copy has is lost for good\n",
@@ -203,7 +223,9 @@ fn one(service: &ServiceConfig, volume: &VolumeConfig, hint: Option<u64>) -> Vol
     };
     let read = File::open(path).and_then(|file| {
         let internal = volume.metadata == MetadataPlace::Internal;
-        let Some(base) = base(&file, internal, hint)? else { return Ok(None) };
+        let Some(base) = base(&file, internal, hint)? else {
+            return Ok(None);
+        };
         Ok(Some((base, read_slots(&file, base)?)))
     });
     match read {
@@ -231,8 +253,13 @@ fn base(file: &File, internal: bool, hint: Option<u64>) -> io::Result<Option<u64
     }
     let mut cursor = file;
     let size = cursor.seek(SeekFrom::End(0))?;
-    for size in [Some(size), hint.filter(|hint| *hint < size)].into_iter().flatten() {
-        let Some(offset) = Locator::offset(size) else { continue };
+    for size in [Some(size), hint.filter(|hint| *hint < size)]
+        .into_iter()
+        .flatten()
+    {
+        let Some(offset) = Locator::offset(size) else {
+            continue;
+        };
         let mut block = [0; BLOCK as usize];
         file.read_exact_at(&mut block, offset)?;
         if let Some(locator) = Locator::decode(&block, size) {
@@ -296,7 +323,11 @@ fn report(block: &Superblock, slot_used: u8) -> SuperblockReport {
         in_sync_pending: slots(block.in_sync_pending),
         position_at_least: block.position,
         generation_base: block.generation_base,
-        generations: block.generations.iter().map(GenerationReport::from).collect(),
+        generations: block
+            .generations
+            .iter()
+            .map(GenerationReport::from)
+            .collect(),
         generations_cut: block.generations_cut,
         peers: block
             .peers
@@ -320,7 +351,13 @@ fn report(block: &Superblock, slot_used: u8) -> SuperblockReport {
 pub fn render(dumps: &[VolumeDump]) -> String {
     let mut out = String::new();
     for dump in dumps {
-        let _ = write!(out, "service {}, volume {}: {}", dump.service, dump.volume, dump.metadata_path.display());
+        let _ = write!(
+            out,
+            "service {}, volume {}: {}",
+            dump.service,
+            dump.volume,
+            dump.metadata_path.display()
+        );
         if let Some(offset) = dump.metadata_offset {
             let _ = write!(out, ", byte {offset}");
         }
@@ -411,13 +448,26 @@ mod tests {
         for place in ["internal", "external"] {
             let directory = tempfile::tempdir().unwrap();
             let external = directory.path().join("meta.img").display().to_string();
-            let config =
-                node(directory.path(), if place == "internal" { place } else { &external });
+            let config = node(
+                directory.path(),
+                if place == "internal" {
+                    place
+                } else {
+                    &external
+                },
+            );
             let dumps = dump(&config, None).unwrap();
             let block = dumps[0].superblock.as_ref().unwrap();
-            assert_eq!((block.service_name.as_str(), block.volume_name.as_str()), ("db", "data"));
-            assert_eq!((block.data_size, block.in_sync.as_slice()), (64 << 20, &[0][..]));
-            assert!(render(&dumps).contains("state                 up-to-date"), "{}", render(&dumps));
+            assert_eq!(
+                (block.service_name.as_str(), block.volume_name.as_str()),
+                ("db", "data")
+            );
+            assert_eq!(
+                (block.data_size, block.in_sync.as_slice()),
+                (64 << 20, &[0][..])
+            );
+            let text = render(&dumps);
+            assert!(text.contains("  service_name          db\n"), "{text}");
         }
     }
 
@@ -427,14 +477,31 @@ mod tests {
         let external = directory.path().join("meta.img");
         let config = node(directory.path(), &external.display().to_string());
         let file = File::options().write(true).open(&external).unwrap();
-        let used = dump(&config, None).unwrap()[0].superblock.as_ref().unwrap().slot_used;
-        file.write_all_at(b"torn", u64::from(used) * BLOCK + 100).unwrap();
-        let survivor = dump(&config, None).unwrap()[0].superblock.as_ref().unwrap().slot_used;
+        let used = dump(&config, None).unwrap()[0]
+            .superblock
+            .as_ref()
+            .unwrap()
+            .slot_used;
+        file.write_all_at(b"torn", u64::from(used) * BLOCK + 100)
+            .unwrap();
+        let survivor = dump(&config, None).unwrap()[0]
+            .superblock
+            .as_ref()
+            .unwrap()
+            .slot_used;
         assert_ne!(survivor, used);
-        file.write_all_at(b"torn", u64::from(survivor) * BLOCK + 100).unwrap();
+        file.write_all_at(b"torn", u64::from(survivor) * BLOCK + 100)
+            .unwrap();
         let both = dump(&config, None).unwrap();
         assert!(both[0].superblock.is_none());
-        assert!(both[0].error.as_ref().unwrap().contains("both superblocks are damaged"), "{both:?}");
+        assert!(
+            both[0]
+                .error
+                .as_ref()
+                .unwrap()
+                .contains("both superblocks are damaged"),
+            "{both:?}"
+        );
     }
 
     #[test]

@@ -43,7 +43,7 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
     if service.suspended {
         say(
             Severity::Critical,
-            "client I/O is held on request; `holdfast resume` lets it go on".into(),
+            "client I/O is held on request; `holdfast resume --io` lets it go on".into(),
         );
     }
     if service.role == RoleName::Detached {

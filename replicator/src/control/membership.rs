@@ -13,11 +13,17 @@ use std::time::{Duration, SystemTime};
 pub enum MembershipError {
     #[error(transparent)]
     Link(#[from] LinkError),
-    #[error("no name is known for this node: the configuration cannot be read and the host has no usable name. Nothing was changed; give one with --name")]
+    #[error(
+        "no name is known for this node: the configuration cannot be read and the host has no usable name. Nothing was changed; give one with --name"
+    )]
     NoName,
-    #[error("{0} is every address of this machine, so the other node cannot be told where to come. Nothing was changed; name one with --address")]
+    #[error(
+        "{0} is every address of this machine, so the other node cannot be told where to come. Nothing was changed; name one with --address"
+    )]
     NoAddress(SocketAddr),
-    #[error("nobody came with the token before it expired. Nothing was changed; make a new one with `holdfast token`")]
+    #[error(
+        "nobody came with the token before it expired. Nothing was changed; make a new one with `holdfast token`"
+    )]
     NobodyCame,
     #[error("the network could not be used: {0}. Nothing was changed")]
     Runtime(std::io::Error),
@@ -43,8 +49,15 @@ impl Own {
     ) -> Self {
         let file = config.unwrap_or(Path::new(crate::config::DEFAULT_PATH));
         let config = Config::load(file).ok().map(|config| config.node);
-        let listening = config.as_ref().map(|node| node.link_listen.clone()).unwrap_or_default();
-        let candidates = if link_addresses.is_empty() { listening } else { link_addresses.to_vec() };
+        let listening = config
+            .as_ref()
+            .map(|node| node.link_listen.clone())
+            .unwrap_or_default();
+        let candidates = if link_addresses.is_empty() {
+            listening
+        } else {
+            link_addresses.to_vec()
+        };
         Own {
             state_dir: match (state_dir, &config) {
                 (Some(directory), _) => directory.to_path_buf(),
@@ -73,7 +86,11 @@ pub fn init(own: &Own, name: Option<&str>) -> Result<Identity, MembershipError> 
             let host = host.trim().to_string();
             // "localhost" would name every machine.
             let usable = !host.is_empty() && !host.starts_with("localhost");
-            if usable { host } else { return Err(MembershipError::NoName) }
+            if usable {
+                host
+            } else {
+                return Err(MembershipError::NoName);
+            }
         }
     };
     Ok(Identity::init(&own.state_dir, &name)?)
@@ -98,7 +115,9 @@ pub fn wait_for_peer(
         let fingerprint = identity.fingerprint();
         let server = JoinServer::bind(listen, identity, peers, own.link_addresses.clone())?;
         let reachable = reachable(server.local_address(), addresses, &own.link_addresses)?;
-        let token = server.tokens().create(reachable, fingerprint, lifetime, SystemTime::now())?;
+        let token = server
+            .tokens()
+            .create(reachable, fingerprint, lifetime, SystemTime::now())?;
         show(&token);
         let waiting = async {
             while let Some(result) = server.next().await {
@@ -133,7 +152,10 @@ fn reachable(
     if hosts.is_empty() {
         return Err(MembershipError::NoAddress(listening));
     }
-    Ok(hosts.into_iter().map(|host| SocketAddr::new(host, listening.port())).collect())
+    Ok(hosts
+        .into_iter()
+        .map(|host| SocketAddr::new(host, listening.port()))
+        .collect())
 }
 
 /// Joins the node that made `token`: afterwards the two trust each other.
@@ -144,8 +166,12 @@ pub fn join(own: &Own, token: &str) -> Result<Peer, MembershipError> {
     let token: Token = token.parse()?;
     let identity = Arc::new(Identity::load(&own.state_dir)?);
     let peers = Arc::new(PeerStore::load(&own.state_dir)?);
-    let joined = runtime()?
-        .block_on(holdfast_link::join(&identity, &peers, &token, &own.link_addresses))?;
+    let joined = runtime()?.block_on(holdfast_link::join(
+        &identity,
+        &peers,
+        &token,
+        &own.link_addresses,
+    ))?;
     Ok(joined)
 }
 
@@ -175,7 +201,10 @@ mod tests {
         let beta = own(&directory.path().join("beta"), "127.0.0.1:7002");
         init(&alpha, Some("alpha")).unwrap();
         init(&beta, Some("beta")).unwrap();
-        assert!(init(&beta, Some("beta")).is_err(), "an identity is never replaced");
+        assert!(
+            init(&beta, Some("beta")).is_err(),
+            "an identity is never replaced"
+        );
         let (send, receive) = std::sync::mpsc::channel();
         let (left, right) = std::thread::scope(|scope| {
             let waiting = scope.spawn(|| {
@@ -196,8 +225,14 @@ mod tests {
     fn a_wildcard_address_is_never_told_to_others() {
         let any: SocketAddr = "0.0.0.0:7742".parse().unwrap();
         let link = ["10.0.0.1:7741".parse().unwrap()];
-        assert_eq!(reachable(any, &[], &link).unwrap(), ["10.0.0.1:7742".parse().unwrap()]);
-        assert!(matches!(reachable(any, &[], &[]), Err(MembershipError::NoAddress(_))));
+        assert_eq!(
+            reachable(any, &[], &link).unwrap(),
+            ["10.0.0.1:7742".parse().unwrap()]
+        );
+        assert!(matches!(
+            reachable(any, &[], &[]),
+            Err(MembershipError::NoAddress(_))
+        ));
         let given = ["192.0.2.9:1".parse().unwrap()];
         assert_eq!(reachable(any, &given, &link).unwrap(), given);
     }

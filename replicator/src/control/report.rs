@@ -305,7 +305,11 @@ impl ServiceReport {
                 owner_node: owner.and_then(|slot| node_name(Slot(slot))),
             },
             state: status.state.into(),
-            generations: status.generations.iter().map(GenerationReport::from).collect(),
+            generations: status
+                .generations
+                .iter()
+                .map(GenerationReport::from)
+                .collect(),
             position: status.position,
             stable_position: status.stable_position,
             in_sync: slots(status.in_sync),

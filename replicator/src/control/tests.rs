@@ -110,7 +110,9 @@ impl Running {
     fn raw(&self) -> BufReader<UnixStream> {
         let stream = UnixStream::connect(self.path()).unwrap();
         // A server that says nothing fails the test instead of hanging it.
-        stream.set_read_timeout(Some(std::time::Duration::from_secs(20))).unwrap();
+        stream
+            .set_read_timeout(Some(std::time::Duration::from_secs(20)))
+            .unwrap();
         BufReader::new(stream)
     }
     fn stop(&mut self) {
@@ -233,6 +235,21 @@ fn a_busy_service_delays_nobody_else() {
     running.client().status().unwrap();
     running.node.busy.notify_one();
     assert_eq!(waiting.join().unwrap().unwrap(), "demoted");
+}
+
+#[test]
+fn a_command_that_takes_long_goes_on_without_its_asker() {
+    let running = Running::start();
+    let patience = std::time::Duration::from_millis(50);
+    let begun = running
+        .client()
+        .begin("db", ServiceCommand::Demote, patience);
+    assert_eq!(begun.unwrap(), None);
+    assert_eq!(*running.node.commands.lock().unwrap(), ["db: Demote"]);
+    let quick = running
+        .client()
+        .begin("db", ServiceCommand::StopVerify, patience * 100);
+    assert_eq!(quick.unwrap().as_deref(), Some("done"));
 }
 
 #[test]

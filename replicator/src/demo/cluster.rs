@@ -93,10 +93,12 @@ impl Leftovers {
         pid: u32,
         act: impl FnOnce(&mut Child) -> std::io::Result<T>,
     ) -> std::io::Result<T> {
-        self.with(|inner| match inner.children.iter_mut().find(|child| child.id() == pid) {
-            Some(child) => act(child),
-            None => Err(std::io::ErrorKind::NotFound.into()),
-        })
+        self.with(
+            |inner| match inner.children.iter_mut().find(|child| child.id() == pid) {
+                Some(child) => act(child),
+                None => Err(std::io::ErrorKind::NotFound.into()),
+            },
+        )
     }
 
     /// Waits until that child has ended; none when patience ends first. The lock is free in between, so that a
@@ -147,7 +149,10 @@ impl Node {
     }
     /// Where applications find the volume while this node is primary.
     pub fn nbd_uri(&self) -> String {
-        format!("nbd+unix:///{VOLUME}?socket={}", self.path("nbd.sock").display())
+        format!(
+            "nbd+unix:///{VOLUME}?socket={}",
+            self.path("nbd.sock").display()
+        )
     }
     /// Process id while it runs.
     pub fn pid(&self) -> Option<u32> {
@@ -203,11 +208,16 @@ impl Node {
             .append(true)
             .open(&log)
             .map_err(|source| DemoError::io("opening", &log, source))?;
-        let errors =
-            file.try_clone().map_err(|source| DemoError::io("opening", &log, source))?;
+        let errors = file
+            .try_clone()
+            .map_err(|source| DemoError::io("opening", &log, source))?;
         let mut command = self.holdfast(&["replicator"]);
         // Its own process group: Ctrl-C ends the demo, and the demo ends its nodes.
-        command.stdin(Stdio::null()).stdout(file).stderr(errors).process_group(0);
+        command
+            .stdin(Stdio::null())
+            .stdout(file)
+            .stderr(errors)
+            .process_group(0);
         if self.tied {
             let parent = rustix::process::getpid();
             // SAFETY: between fork and exec only two system calls are made, both safe there; nothing is
@@ -231,9 +241,11 @@ impl Node {
             .map_err(|source| DemoError::io("starting", &self.exe, source))?;
         let pid = self.leftovers.adopt(child);
         self.pid = Some(pid);
-        self.until("the replicator answers", || match Client::connect(&self.socket()) {
-            Ok(mut client) => Ok(client.status().ok()),
-            Err(_) => Ok(None),
+        self.until("the replicator answers", || {
+            match Client::connect(&self.socket()) {
+                Ok(mut client) => Ok(client.status().ok()),
+                Err(_) => Ok(None),
+            }
         })?;
         Ok(())
     }
@@ -270,7 +282,10 @@ impl Node {
     }
 
     fn exited(&self) -> Option<ExitStatus> {
-        self.leftovers.child(self.pid?, Child::try_wait).ok().flatten()
+        self.leftovers
+            .child(self.pid?, Child::try_wait)
+            .ok()
+            .flatten()
     }
 
     fn screen(&self) -> String {
@@ -296,22 +311,34 @@ impl Node {
 
     /// A connection to its control socket.
     pub fn client(&self) -> Result<Client, DemoError> {
-        Client::connect(&self.socket())
-            .map_err(|source| DemoError::Control { node: self.name, source })
+        Client::connect(&self.socket()).map_err(|source| DemoError::Control {
+            node: self.name,
+            source,
+        })
     }
 
     /// Its status now.
     pub fn status(&self) -> Result<NodeStatus, DemoError> {
         let status = self.client()?.status();
-        status.map_err(|source| DemoError::Control { node: self.name, source })
+        status.map_err(|source| DemoError::Control {
+            node: self.name,
+            source,
+        })
     }
 
     /// The status of the service now.
     pub fn service(&self) -> Result<ServiceReport, DemoError> {
         let status = self.status()?;
-        status.services.into_iter().find(|service| service.name == SERVICE).ok_or_else(|| {
-            DemoError::Broken(format!("node {} does not know service {SERVICE}", self.name))
-        })
+        status
+            .services
+            .into_iter()
+            .find(|service| service.name == SERVICE)
+            .ok_or_else(|| {
+                DemoError::Broken(format!(
+                    "node {} does not know service {SERVICE}",
+                    self.name
+                ))
+            })
     }
 
     /// Waits until the service's status satisfies `judge`.
@@ -326,7 +353,10 @@ impl Node {
     /// Has the service carry out a command.
     pub fn command(&self, command: ServiceCommand) -> Result<String, DemoError> {
         let done = self.client()?.command(SERVICE, command);
-        done.map_err(|source| DemoError::Control { node: self.name, source })
+        done.map_err(|source| DemoError::Control {
+            node: self.name,
+            source,
+        })
     }
 
     /// A connection to the volume, as an application makes it.
@@ -336,7 +366,11 @@ impl Node {
 
     /// What it takes to kill it from another place, in the midst of a load.
     pub fn handle(&self) -> Handle {
-        Handle { name: self.name, pid: self.pid, leftovers: self.leftovers.clone() }
+        Handle {
+            name: self.name,
+            pid: self.pid,
+            leftovers: self.leftovers.clone(),
+        }
     }
 
     /// Its process was killed: there is none any more.
@@ -347,7 +381,9 @@ impl Node {
     /// SIGTERM, and the process must end by itself, with success.
     pub fn stop(&mut self) -> Result<(), DemoError> {
         let Some(pid) = self.pid else { return Ok(()) };
-        let target = i32::try_from(pid).ok().and_then(rustix::process::Pid::from_raw);
+        let target = i32::try_from(pid)
+            .ok()
+            .and_then(rustix::process::Pid::from_raw);
         if let Some(target) = target {
             // Not waited for yet, so the number is still this child's.
             rustix::process::kill_process(target, rustix::process::Signal::TERM)
@@ -513,12 +549,16 @@ fn join(nodes: &mut [Node; 2]) -> Result<(), DemoError> {
         let _ = alpha.leftovers.child(pid, Child::kill);
     }
     let ended = alpha.leftovers.wait(pid);
-    let read = alpha.leftovers.child(pid, |child| match child.stderr.take() {
-        Some(mut stderr) if ended.is_some() => stderr.read_to_string(&mut said).map(drop),
-        _ => Ok(()),
-    });
+    let read = alpha
+        .leftovers
+        .child(pid, |child| match child.stderr.take() {
+            Some(mut stderr) if ended.is_some() => stderr.read_to_string(&mut said).map(drop),
+            _ => Ok(()),
+        });
     if ended.is_none() {
-        let _ = alpha.leftovers.child(pid, |child| child.kill().and_then(|()| child.wait()));
+        let _ = alpha
+            .leftovers
+            .child(pid, |child| child.kill().and_then(|()| child.wait()));
     }
     alpha.leftovers.forget(pid);
     joined?;

@@ -49,7 +49,17 @@ impl Image {
             .map_err(|source| DemoError::io("writing the files of the image", &tree, source))?;
         let path = directory.join("image");
         let output = Command::new(&maker)
-            .args(["-q", "-F", "-t", "ext4", "-b", "4096", "-L", "holdfast-demo", "-d"])
+            .args([
+                "-q",
+                "-F",
+                "-t",
+                "ext4",
+                "-b",
+                "4096",
+                "-L",
+                "holdfast-demo",
+                "-d",
+            ])
             .arg(&tree)
             .arg(&path)
             .arg(format!("{}k", SIZE >> 10))
@@ -167,7 +177,10 @@ mod tests {
         let mut damaged = image.bytes.clone();
         let last = damaged.len() - 1;
         damaged[last] ^= 1;
-        let said = image.check(&damaged, directory.path()).unwrap_err().to_string();
+        let said = image
+            .check(&damaged, directory.path())
+            .unwrap_err()
+            .to_string();
         assert!(said.contains("1 of 8192 blocks"), "{said}");
     }
 
@@ -182,12 +195,17 @@ mod tests {
         // The superblock's count of free blocks: equal bytes on both sides, and still a broken filesystem.
         image.bytes[1024 + 12] ^= 0x55;
         let copy = image.bytes.clone();
-        assert!(matches!(image.check(&copy, directory.path()), Err(DemoError::Tool { .. })));
+        assert!(matches!(
+            image.check(&copy, directory.path()),
+            Err(DemoError::Tool { .. })
+        ));
     }
 
     #[test]
     fn only_what_is_not_zero_is_copied() {
-        let Some(server) = crate::demo::qemu_nbd::serve(SIZE, false) else { return };
+        let Some(server) = crate::demo::qemu_nbd::serve(SIZE, false) else {
+            return;
+        };
         let directory = tempfile::tempdir().unwrap();
         let image = Image::make(directory.path(), 4).unwrap();
         let mut client =

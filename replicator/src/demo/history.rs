@@ -140,7 +140,12 @@ impl History {
     /// A region of `length` bytes at `offset`, all zero now. `run` tells this history from earlier ones.
     pub fn new(run: u64, offset: u64, length: u64) -> Self {
         let blocks = vec![Known::default(); (length / BLOCK as u64) as usize];
-        History { run, offset, blocks, next_sequence: AtomicU64::new(1) }
+        History {
+            run,
+            offset,
+            blocks,
+            next_sequence: AtomicU64::new(1),
+        }
     }
 
     /// Writes from `clients.len()` threads at once until told to stop or until the connections break.
@@ -222,7 +227,10 @@ impl History {
                     // Zero stands for "nothing in flight" there and for "never written" here.
                     Some(found) if found != 0 && found == known.in_flight => {
                         report.arrived_blocks += 1;
-                        *known = Known { acknowledged: found, in_flight: 0 };
+                        *known = Known {
+                            acknowledged: found,
+                            in_flight: 0,
+                        };
                     }
                     found => {
                         match found {
@@ -288,22 +296,32 @@ impl Writer {
         loop {
             let stopping = until.stop.load(Ordering::Relaxed);
             while !stopping && self.sent.len() < DEPTH {
-                let Some((first, blocks)) = self.choose() else { break };
+                let Some((first, blocks)) = self.choose() else {
+                    break;
+                };
                 // One number for the whole run: a later write has a higher one, whoever made it.
                 let sequence = sequence.fetch_add(1, Ordering::Relaxed);
                 let data = &mut data[..blocks as usize * BLOCK];
                 for (at, content) in data.chunks_mut(BLOCK).enumerate() {
                     let block = first + at as u64;
                     fill(content, self.run, block, sequence);
-                    let known = self.known.entry(block).or_insert_with(|| before[block as usize]);
+                    let known = self
+                        .known
+                        .entry(block)
+                        .or_insert_with(|| before[block as usize]);
                     known.in_flight = sequence;
                 }
                 let fua = sequence.is_multiple_of(FUA_EVERY);
-                let sent = Sent { first, blocks, sequence, at: Instant::now() };
-                let submitted =
-                    client.submit_write(self.offset + first * BLOCK as u64, data, fua);
+                let sent = Sent {
+                    first,
+                    blocks,
+                    sequence,
+                    at: Instant::now(),
+                };
+                let submitted = client.submit_write(self.offset + first * BLOCK as u64, data, fua);
                 // A write that failed half-way may have arrived: it counts as in flight.
-                self.sent.insert(*submitted.as_ref().unwrap_or(&u64::MAX), sent);
+                self.sent
+                    .insert(*submitted.as_ref().unwrap_or(&u64::MAX), sent);
                 submitted?;
             }
             if self.sent.is_empty() {
@@ -316,14 +334,21 @@ impl Writer {
                 return Err(NbdError::Protocol("an answer to a write never sent".into()));
             };
             for block in sent.first..sent.first + sent.blocks {
-                self.known
-                    .insert(block, Known { acknowledged: sent.sequence, in_flight: 0 });
+                self.known.insert(
+                    block,
+                    Known {
+                        acknowledged: sent.sequence,
+                        in_flight: 0,
+                    },
+                );
             }
             self.report.slowest = self.report.slowest.max(sent.at.elapsed());
             self.report.acknowledged += 1;
             self.report.acknowledged_bytes += sent.blocks * BLOCK as u64;
             until.acknowledged.fetch_add(1, Ordering::Relaxed);
-            until.acknowledged_bytes.fetch_add(sent.blocks * BLOCK as u64, Ordering::Relaxed);
+            until
+                .acknowledged_bytes
+                .fetch_add(sent.blocks * BLOCK as u64, Ordering::Relaxed);
         }
     }
 
@@ -361,7 +386,11 @@ mod tests {
             .map(|_| NbdClient::connect(uri, Duration::from_secs(10)).unwrap())
             .collect();
         let (stop, count, bytes) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-        let until = Until { stop: &stop, acknowledged: &count, acknowledged_bytes: &bytes };
+        let until = Until {
+            stop: &stop,
+            acknowledged: &count,
+            acknowledged_bytes: &bytes,
+        };
         std::thread::scope(|scope| {
             let load = scope.spawn(|| history.load(clients, 7, &until));
             while count.load(Ordering::Relaxed) < writes && !load.is_finished() {
@@ -383,28 +412,44 @@ mod tests {
 
     #[test]
     fn a_crash_keeps_what_was_acknowledged_and_damage_is_found() {
-        let Some(mut server) = qemu_nbd::serve(8 << 20, false) else { return };
+        let Some(mut server) = qemu_nbd::serve(8 << 20, false) else {
+            return;
+        };
         let mut history = History::new(1, OFFSET, LENGTH);
         let uri = server.uri().to_string();
         let report = run(&mut history, &uri, 200, || server.kill());
         assert!(report.acknowledged >= 200, "{report:?}");
-        assert!(!report.broken.is_empty(), "the kill came too late: {report:?}");
+        assert!(
+            !report.broken.is_empty(),
+            "the kill came too late: {report:?}"
+        );
 
-        let file =
-            std::fs::File::options().read(true).write(true).open(server.image()).unwrap();
+        let file = std::fs::File::options()
+            .read(true)
+            .write(true)
+            .open(server.image())
+            .unwrap();
         let found = check_file(&mut history, &file);
         assert!(found.holds(), "{found:?}");
         assert!(found.written_blocks > 0);
         let settled = check_file(&mut history, &file);
-        assert_eq!(settled.arrived_blocks, 0, "checked once, nothing is in flight any more");
+        assert_eq!(
+            settled.arrived_blocks, 0,
+            "checked once, nothing is in flight any more"
+        );
 
-        let victim = history.blocks.iter().position(|known| known.acknowledged > 0).unwrap();
+        let victim = history
+            .blocks
+            .iter()
+            .position(|known| known.acknowledged > 0)
+            .unwrap();
         let place = OFFSET + (victim * BLOCK) as u64;
         let mut good = [0; BLOCK];
         file.read_exact_at(&mut good, place).unwrap();
 
         // Torn: the second half is gone.
-        file.write_all_at(&[0; BLOCK / 2], place + BLOCK as u64 / 2).unwrap();
+        file.write_all_at(&[0; BLOCK / 2], place + BLOCK as u64 / 2)
+            .unwrap();
         let found = check_file(&mut history, &file);
         assert_eq!((found.torn_blocks, found.lost_writes), (1, 1), "{found:?}");
         // Lost: never written.
@@ -420,7 +465,11 @@ mod tests {
         fill(&mut other, 1, victim as u64, 1 << 40);
         file.write_all_at(&other, place).unwrap();
         let found = check_file(&mut history, &file);
-        assert_eq!((found.strange_blocks, found.holds()), (1, false), "{found:?}");
+        assert_eq!(
+            (found.strange_blocks, found.holds()),
+            (1, false),
+            "{found:?}"
+        );
         // And restored.
         file.write_all_at(&good, place).unwrap();
         assert!(check_file(&mut history, &file).holds());
@@ -428,14 +477,17 @@ mod tests {
 
     #[test]
     fn a_second_load_goes_on_where_the_first_stopped() {
-        let Some(server) = qemu_nbd::serve(8 << 20, false) else { return };
+        let Some(server) = qemu_nbd::serve(8 << 20, false) else {
+            return;
+        };
         let mut history = History::new(2, OFFSET, LENGTH);
         for _ in 0..2 {
             let report = run(&mut history, server.uri(), 100, || ());
             assert_eq!((report.in_flight, report.broken.len()), (0, 0));
-            let mut client =
-                NbdClient::connect(server.uri(), Duration::from_secs(10)).unwrap();
-            let found = history.check(|offset, length| client.read(offset, length)).unwrap();
+            let mut client = NbdClient::connect(server.uri(), Duration::from_secs(10)).unwrap();
+            let found = history
+                .check(|offset, length| client.read(offset, length))
+                .unwrap();
             assert!(found.holds(), "{found:?}");
             assert_eq!(found.arrived_blocks, 0);
         }

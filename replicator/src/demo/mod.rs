@@ -34,13 +34,24 @@ pub struct Options {
 #[derive(Debug, thiserror::Error)]
 pub enum DemoError {
     #[error("{doing} {}: {source}", path.display())]
-    Io { doing: &'static str, path: PathBuf, source: std::io::Error },
+    Io {
+        doing: &'static str,
+        path: PathBuf,
+        source: std::io::Error,
+    },
     #[error("node {node}: {source}")]
-    Control { node: &'static str, source: ClientError },
+    Control {
+        node: &'static str,
+        source: ClientError,
+    },
     #[error(transparent)]
     Nbd(#[from] NbdError),
     #[error("{} ended with {status}: {said}", program.display())]
-    Tool { program: PathBuf, status: ExitStatus, said: String },
+    Tool {
+        program: PathBuf,
+        status: ExitStatus,
+        said: String,
+    },
     /// A claim of the demo does not hold.
     #[error("{0}")]
     Broken(String),
@@ -48,11 +59,19 @@ pub enum DemoError {
 
 impl DemoError {
     fn io(doing: &'static str, path: &Path, source: std::io::Error) -> Self {
-        DemoError::Io { doing, path: path.to_path_buf(), source }
+        DemoError::Io {
+            doing,
+            path: path.to_path_buf(),
+            source,
+        }
     }
     fn tool(program: &Path, status: ExitStatus, said: String) -> Self {
         let said = said.trim().to_string();
-        DemoError::Tool { program: program.to_path_buf(), status, said }
+        DemoError::Tool {
+            program: program.to_path_buf(),
+            status,
+            said,
+        }
     }
 }
 
@@ -106,7 +125,10 @@ impl Teller {
     fn say(&self, text: &str) {
         let seconds = self.start.elapsed().as_secs_f64();
         let mut lines = text.lines();
-        self.line(&format!("{seconds:6.1} s  {}", lines.next().unwrap_or_default()));
+        self.line(&format!(
+            "{seconds:6.1} s  {}",
+            lines.next().unwrap_or_default()
+        ));
         for line in lines {
             self.line(&format!("          {line}"));
         }
@@ -131,7 +153,10 @@ impl Teller {
 pub fn run(exe: &Path, options: Options, figures: &mut Figures) -> Result<(), DemoError> {
     let leftovers = Leftovers::default();
     clean_on_signals(&leftovers)?;
-    let teller = Teller { start: Instant::now(), json: options.json };
+    let teller = Teller {
+        start: Instant::now(),
+        json: options.json,
+    };
     let result = story::tell(exe, options, &leftovers, &teller, figures);
     figures.total_ms = millis(teller.start.elapsed());
     match &result {
@@ -153,8 +178,10 @@ pub fn run(exe: &Path, options: Options, figures: &mut Figures) -> Result<(), De
 fn clean_on_signals(leftovers: &Leftovers) -> Result<(), DemoError> {
     let fail = |source| DemoError::io("waiting for", Path::new("signals"), source);
     let leftovers = leftovers.clone();
-    let runtime =
-        tokio::runtime::Builder::new_current_thread().enable_all().build().map_err(fail)?;
+    let runtime = tokio::runtime::Builder::new_current_thread()
+        .enable_all()
+        .build()
+        .map_err(fail)?;
     // Registered here, not in the thread: a signal from now on is never missed.
     let mut signals = {
         use tokio::signal::unix::{SignalKind, signal};

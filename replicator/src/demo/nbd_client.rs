@@ -37,7 +37,9 @@ const MAX_OPTION_REPLY: u32 = 64 << 10;
 /// Why an NBD request or connection failed.
 #[derive(Debug, thiserror::Error)]
 pub enum NbdError {
-    #[error("{uri} is no NBD address this program knows (nbd://host:port/export, nbd+unix:///export?socket=path)")]
+    #[error(
+        "{uri} is no NBD address this program knows (nbd://host:port/export, nbd+unix:///export?socket=path)"
+    )]
     Uri { uri: String },
     #[error("the NBD server could not be reached at {uri}: {source}")]
     Connect { uri: String, source: io::Error },
@@ -103,28 +105,36 @@ impl NbdClient {
     /// # Errors
     /// The address is none, nobody answers, or the export is refused.
     pub fn connect(uri: &str, timeout: Duration) -> Result<Self, NbdError> {
-        let refused = |source| NbdError::Connect { uri: uri.to_string(), source };
+        let refused = |source| NbdError::Connect {
+            uri: uri.to_string(),
+            source,
+        };
         let (stream, export) = if let Some(rest) = uri.strip_prefix("nbd://") {
             let (authority, export) = rest.split_once('/').unwrap_or((rest, ""));
             let address = authority
                 .to_socket_addrs()
                 .map_err(refused)?
                 .next()
-                .ok_or_else(|| NbdError::Uri { uri: uri.to_string() })?;
+                .ok_or_else(|| NbdError::Uri {
+                    uri: uri.to_string(),
+                })?;
             let stream = TcpStream::connect_timeout(&address, timeout).map_err(refused)?;
             stream.set_nodelay(true)?;
             stream.set_read_timeout(Some(timeout))?;
             stream.set_write_timeout(Some(timeout))?;
             (Stream::Tcp(stream), export)
-        } else if let Some((export, socket)) =
-            uri.strip_prefix("nbd+unix:///").and_then(|rest| rest.split_once("?socket="))
+        } else if let Some((export, socket)) = uri
+            .strip_prefix("nbd+unix:///")
+            .and_then(|rest| rest.split_once("?socket="))
         {
             let stream = UnixStream::connect(socket).map_err(refused)?;
             stream.set_read_timeout(Some(timeout))?;
             stream.set_write_timeout(Some(timeout))?;
             (Stream::Unix(stream), export)
         } else {
-            return Err(NbdError::Uri { uri: uri.to_string() });
+            return Err(NbdError::Uri {
+                uri: uri.to_string(),
+            });
         };
         let mut client = NbdClient {
             stream: BufReader::with_capacity(64 << 10, stream),
@@ -158,19 +168,25 @@ impl NbdClient {
         let mut export_known = false;
         loop {
             if self.read_u64()? != OPTION_REPLY_MAGIC || self.read_u32()? != OPTION_GO {
-                return Err(NbdError::Protocol("not an answer to the option sent".into()));
+                return Err(NbdError::Protocol(
+                    "not an answer to the option sent".into(),
+                ));
             }
             let kind = self.read_u32()?;
             let length = self.read_u32()?;
             if length > MAX_OPTION_REPLY {
-                return Err(NbdError::Protocol(format!("an option reply of {length} bytes")));
+                return Err(NbdError::Protocol(format!(
+                    "an option reply of {length} bytes"
+                )));
             }
             let mut data = vec![0; length as usize];
             self.stream.read_exact(&mut data)?;
             match kind {
                 REPLY_ACK if export_known => return Ok(()),
                 REPLY_ACK => {
-                    return Err(NbdError::Protocol("the size of the export was not told".into()));
+                    return Err(NbdError::Protocol(
+                        "the size of the export was not told".into(),
+                    ));
                 }
                 REPLY_INFO if data.len() >= 12 && data[..2] == INFO_EXPORT.to_be_bytes() => {
                     self.size = u64::from_be_bytes(data[2..10].try_into().unwrap_or_default());
@@ -180,10 +196,21 @@ impl NbdClient {
                 REPLY_INFO => {}
                 kind if kind & REPLY_ERROR_BIT != 0 => {
                     let text = String::from_utf8_lossy(&data).into_owned();
-                    let reason = if text.is_empty() { format!("error {kind:#x}") } else { text };
-                    return Err(NbdError::Refused { export: export.to_string(), reason });
+                    let reason = if text.is_empty() {
+                        format!("error {kind:#x}")
+                    } else {
+                        text
+                    };
+                    return Err(NbdError::Refused {
+                        export: export.to_string(),
+                        reason,
+                    });
                 }
-                kind => return Err(NbdError::Protocol(format!("an option reply of kind {kind}"))),
+                kind => {
+                    return Err(NbdError::Protocol(format!(
+                        "an option reply of kind {kind}"
+                    )));
+                }
             }
         }
     }
@@ -219,7 +246,10 @@ impl NbdClient {
         length: u32,
         data: &[u8],
     ) -> Result<u64, NbdError> {
-        assert!(length as usize <= MAX_REQUEST, "the caller splits larger requests");
+        assert!(
+            length as usize <= MAX_REQUEST,
+            "the caller splits larger requests"
+        );
         let cookie = self.next_cookie;
         self.next_cookie += 1;
         let mut message = Vec::with_capacity(28 + data.len());
@@ -248,14 +278,22 @@ impl NbdClient {
         let code = self.read_u32()?;
         let cookie = self.read_u64()?;
         let Some(length) = self.waiting.remove(&cookie) else {
-            return Err(NbdError::Protocol(format!("an answer to request {cookie}, never sent")));
+            return Err(NbdError::Protocol(format!(
+                "an answer to request {cookie}, never sent"
+            )));
         };
         if code != 0 {
-            return Ok(Reply { cookie, result: Err(NbdError::Server { code }) });
+            return Ok(Reply {
+                cookie,
+                result: Err(NbdError::Server { code }),
+            });
         }
         let mut data = vec![0; length as usize];
         self.stream.read_exact(&mut data)?;
-        Ok(Reply { cookie, result: Ok(data) })
+        Ok(Reply {
+            cookie,
+            result: Ok(data),
+        })
     }
 
     fn alone(&mut self, cookie: u64) -> Result<Vec<u8>, NbdError> {
@@ -284,8 +322,7 @@ impl NbdClient {
     /// The server refused or the connection broke.
     pub fn write(&mut self, offset: u64, data: &[u8]) -> Result<(), NbdError> {
         for (index, piece) in data.chunks(MAX_REQUEST).enumerate() {
-            let cookie =
-                self.submit_write(offset + (index * MAX_REQUEST) as u64, piece, false)?;
+            let cookie = self.submit_write(offset + (index * MAX_REQUEST) as u64, piece, false)?;
             self.alone(cookie)?;
         }
         Ok(())
@@ -337,7 +374,9 @@ mod tests {
     #[test]
     fn what_is_written_is_read_back_over_unix_and_tcp() {
         for tcp in [false, true] {
-            let Some(server) = qemu_nbd::serve(8 << 20, tcp) else { return };
+            let Some(server) = qemu_nbd::serve(8 << 20, tcp) else {
+                return;
+            };
             let mut client = NbdClient::connect(server.uri(), TIMEOUT).unwrap();
             assert_eq!(client.size(), 8 << 20);
             let data: Vec<u8> = (0..3 << 20).map(|i: u32| ((i * 31) >> 3) as u8).collect();
@@ -350,10 +389,16 @@ mod tests {
 
     #[test]
     fn many_requests_share_a_connection() {
-        let Some(server) = qemu_nbd::serve(8 << 20, false) else { return };
+        let Some(server) = qemu_nbd::serve(8 << 20, false) else {
+            return;
+        };
         let mut client = NbdClient::connect(server.uri(), TIMEOUT).unwrap();
         let writes: Vec<u64> = (0..16u64)
-            .map(|i| client.submit_write(i * 4096, &[i as u8 + 1; 4096], i % 2 == 0).unwrap())
+            .map(|i| {
+                client
+                    .submit_write(i * 4096, &[i as u8 + 1; 4096], i % 2 == 0)
+                    .unwrap()
+            })
             .collect();
         let mut answered: Vec<u64> = (0..16).map(|_| client.receive().unwrap().cookie).collect();
         answered.sort_unstable();
@@ -366,7 +411,9 @@ mod tests {
 
     #[test]
     fn refusals_name_the_reason() {
-        let Some(server) = qemu_nbd::serve(1 << 20, false) else { return };
+        let Some(server) = qemu_nbd::serve(1 << 20, false) else {
+            return;
+        };
         let other = server.uri().replace("///data", "///other");
         let refused = NbdClient::connect(&other, TIMEOUT);
         assert!(matches!(refused, Err(NbdError::Refused { .. })));

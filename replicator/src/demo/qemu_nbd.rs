@@ -38,18 +38,30 @@ impl Server {
 pub fn serve(size: u64, tcp: bool) -> Option<Server> {
     let directory = tempfile::tempdir().unwrap();
     let at = |name: &str| directory.path().join(name).display().to_string();
-    std::fs::File::create(at("image")).unwrap().set_len(size).unwrap();
+    std::fs::File::create(at("image"))
+        .unwrap()
+        .set_len(size)
+        .unwrap();
     let (listen, uri) = if tcp {
         let port = crate::demo::cluster::free_port().unwrap();
         let listen = vec!["--bind=127.0.0.1".to_string(), format!("--port={port}")];
         (listen, format!("nbd://127.0.0.1:{port}/data"))
     } else {
         let socket = at("nbd.sock");
-        (vec![format!("--socket={socket}")], format!("nbd+unix:///data?socket={socket}"))
+        (
+            vec![format!("--socket={socket}")],
+            format!("nbd+unix:///data?socket={socket}"),
+        )
     };
     // With --fork it returns once the socket listens.
     let started = Command::new("qemu-nbd")
-        .args(["--fork", "--format=raw", "--persistent", "--shared=16", "--export-name=data"])
+        .args([
+            "--fork",
+            "--format=raw",
+            "--persistent",
+            "--shared=16",
+            "--export-name=data",
+        ])
         .arg(format!("--pid-file={}", at("pid")))
         .args(listen)
         .arg(at("image"))
@@ -61,6 +73,14 @@ pub fn serve(size: u64, tcp: bool) -> Option<Server> {
             return None;
         }
     }
-    let pid = std::fs::read_to_string(at("pid")).unwrap().trim().parse().unwrap();
-    Some(Server { directory, uri, pid: Pid::from_raw(pid) })
+    let pid = std::fs::read_to_string(at("pid"))
+        .unwrap()
+        .trim()
+        .parse()
+        .unwrap();
+    Some(Server {
+        directory,
+        uri,
+        pid: Pid::from_raw(pid),
+    })
 }

@@ -43,8 +43,7 @@ pub fn tell(
     figures.volume_bytes = VOLUME_BYTES;
 
     let id = (u128::from(random.next()) << 64) | u128::from(random.next());
-    let nodes =
-        cluster::build(exe, &directory, VOLUME_BYTES, id, !options.keep, leftovers)?;
+    let nodes = cluster::build(exe, &directory, VOLUME_BYTES, id, !options.keep, leftovers)?;
     let [mut alpha, mut beta] = nodes;
     connected(&alpha, &beta)?;
     teller.say(&format!(
@@ -61,7 +60,9 @@ pub fn tell(
     })?;
     let zero_copies = both(&alpha, &beta, |service| service.counters.resync_bytes)?;
     if zero_copies != [0, 0] {
-        return Err(DemoError::Broken("a volume of zeroes on both sides was copied".into()));
+        return Err(DemoError::Broken(
+            "a volume of zeroes on both sides was copied".into(),
+        ));
     }
     teller.say(&format!(
         "volume of {} mirrored in sync mode, no initial copy needed; {} is primary",
@@ -87,7 +88,13 @@ pub fn tell(
     client.disconnect()?;
 
     let mut history = History::new(run, HISTORY_OFFSET, HISTORY_BYTES);
-    let killed = crash(&mut alpha, &mut history, random.next(), random.below(50), figures)?;
+    let killed = crash(
+        &mut alpha,
+        &mut history,
+        random.next(),
+        random.below(50),
+        figures,
+    )?;
     teller.say(&format!(
         "{} killed (SIGKILL) in mid-write: {} writes acknowledged ({}), {} in flight",
         alpha.name,
@@ -149,9 +156,13 @@ pub fn tell(
     ));
 
     let mut client = beta.nbd()?;
-    settled(&mut history, &image, &directory, "read over NBD", |offset, length| {
-        Ok(client.read(offset, length)?)
-    })?;
+    settled(
+        &mut history,
+        &image,
+        &directory,
+        "read over NBD",
+        |offset, length| Ok(client.read(offset, length)?),
+    )?;
     client.disconnect()?;
     if options.keep {
         figures.copies_identical = true;
@@ -218,15 +229,20 @@ fn load<T>(
     enough: impl Fn(u64, u64) -> bool,
     then: impl FnOnce() -> Result<T, DemoError>,
 ) -> Result<(LoadReport, T), DemoError> {
-    let clients = (0..WRITERS).map(|_| node.nbd()).collect::<Result<Vec<_>, _>>()?;
+    let clients = (0..WRITERS)
+        .map(|_| node.nbd())
+        .collect::<Result<Vec<_>, _>>()?;
     let (stop, count, bytes) = (AtomicBool::new(false), AtomicU64::new(0), AtomicU64::new(0));
-    let until = Until { stop: &stop, acknowledged: &count, acknowledged_bytes: &bytes };
+    let until = Until {
+        stop: &stop,
+        acknowledged: &count,
+        acknowledged_bytes: &bytes,
+    };
     std::thread::scope(|scope| {
         let writing = scope.spawn(|| history.load(clients, seed, &until));
         let mut progress = (0, Instant::now());
         let stalled = loop {
-            let (writes, written) =
-                (count.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed));
+            let (writes, written) = (count.load(Ordering::Relaxed), bytes.load(Ordering::Relaxed));
             if enough(writes, written) || writing.is_finished() {
                 break false;
             }
@@ -284,7 +300,9 @@ fn crash(
         )));
     }
     if report.in_flight == 0 {
-        return Err(DemoError::Broken("no write was in flight at the kill".into()));
+        return Err(DemoError::Broken(
+            "no write was in flight at the kill".into(),
+        ));
     }
     Ok(killed)
 }
@@ -308,7 +326,9 @@ fn fail_over(beta: &Node, killed: Instant, figures: &mut Figures) -> Result<(), 
     client.write(LAST_BLOCK, &FIRST_WORDS)?;
     figures.outage_ms = millis(killed.elapsed());
     if client.read(LAST_BLOCK, FIRST_WORDS.len())? != FIRST_WORDS {
-        return Err(DemoError::Broken("the first write after the promotion reads back wrong".into()));
+        return Err(DemoError::Broken(
+            "the first write after the promotion reads back wrong".into(),
+        ));
     }
     Ok(client.disconnect()?)
 }
@@ -369,8 +389,11 @@ fn sent_by_resync(beta: &Node) -> Result<u64, DemoError> {
 /// Compares both copies while they run.
 fn verify(beta: &Node, figures: &mut Figures) -> Result<(), DemoError> {
     beta.command(ServiceCommand::Verify { volume: None })?;
-    let found = follow::verify(beta.client()?, SERVICE, |_| ())
-        .map_err(|source| DemoError::Control { node: beta.name, source })?;
+    let found =
+        follow::verify(beta.client()?, SERVICE, |_| ()).map_err(|source| DemoError::Control {
+            node: beta.name,
+            source,
+        })?;
     figures.verify_bytes = found.compared_bytes;
     if found.different_bytes > 0 || found.compared_bytes < VOLUME_BYTES {
         return Err(DemoError::Broken(format!(
@@ -392,9 +415,13 @@ fn settled(
 ) -> Result<(), DemoError> {
     let found = history.check(&mut read)?;
     if !found.holds() || found.arrived_blocks > 0 {
-        return Err(DemoError::Broken(format!("the history, {place}, is damaged: {found:?}")));
+        return Err(DemoError::Broken(format!(
+            "the history, {place}, is damaged: {found:?}"
+        )));
     }
-    image.check(&read(0, filesystem::SIZE as usize)?, directory).map(drop)
+    image
+        .check(&read(0, filesystem::SIZE as usize)?, directory)
+        .map(drop)
 }
 
 /// Both backing files, byte for byte, against each other and against the history.
@@ -408,8 +435,8 @@ fn compare_files(
     let mut files = Vec::new();
     for node in nodes {
         let path = node.backing();
-        let file = std::fs::File::open(&path)
-            .map_err(|source| DemoError::io("opening", &path, source))?;
+        let file =
+            std::fs::File::open(&path).map_err(|source| DemoError::io("opening", &path, source))?;
         files.push((path, file));
     }
     let read = |at: usize, offset: u64, length: usize| {
@@ -423,7 +450,10 @@ fn compare_files(
     for offset in (0..VOLUME_BYTES).step_by(PIECE) {
         let (left, right) = (read(0, offset, PIECE)?, read(1, offset, PIECE)?);
         if left != right {
-            let at = left.iter().zip(&right).position(|(left, right)| left != right);
+            let at = left
+                .iter()
+                .zip(&right)
+                .position(|(left, right)| left != right);
             return Err(DemoError::Broken(format!(
                 "the copies differ at byte {}",
                 offset + at.unwrap_or_default() as u64
@@ -432,18 +462,14 @@ fn compare_files(
     }
     for (at, name) in NAMES.iter().enumerate() {
         let place = format!("in the file of {name}");
-        settled(history, image, directory, &place, |offset, length| read(at, offset, length))?;
+        settled(history, image, directory, &place, |offset, length| {
+            read(at, offset, length)
+        })?;
     }
     Ok(())
 }
 
-fn tell_kept(
-    alpha: &Node,
-    beta: &Node,
-    directory: &Path,
-    teller: &Teller,
-    figures: &mut Figures,
-) {
+fn tell_kept(alpha: &Node, beta: &Node, directory: &Path, teller: &Teller, figures: &mut Figures) {
     let pids: Vec<u32> = [alpha, beta].iter().filter_map(|node| node.pid()).collect();
     let kill: Vec<String> = pids.iter().map(u32::to_string).collect();
     teller.say(&format!(
