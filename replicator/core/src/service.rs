@@ -569,6 +569,7 @@ impl Core {
             return;
         }
         for at in 0..self.peers.len() {
+            self.orphan_progress(at, out);
             let peer = &self.peers[at];
             if peer.session.is_none() {
                 continue;

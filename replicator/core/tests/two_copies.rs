@@ -293,6 +293,7 @@ fn clean_stop_and_start_copies_nothing() {
         for n in [0, 1] {
             w.command(n, Command::Detach)
                 .unwrap_or_else(|e| panic!("{e}"));
+            w.steps(50);
             w.crash(n, true);
         }
         same(&w, 0, 1);
