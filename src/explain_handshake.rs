@@ -4,7 +4,7 @@ use crate::cli::{ExplainHandshake, Place};
 use crate::failure::Outcome;
 
 pub fn run(place: &Place, options: &ExplainHandshake) -> Outcome {
-    println!(
+    say!(
         "{}",
         place
             .connect()?

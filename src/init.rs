@@ -12,7 +12,7 @@ pub fn run(place: &Place, options: &Init) -> Outcome {
     );
     let identity =
         init(&own, options.name.as_deref()).map_err(|error| Failure::from_error(&error))?;
-    println!(
+    say!(
         "node {} has an identity now, in {}\nid           {}\nfingerprint  {}",
         identity.name(),
         identity.dir().display(),

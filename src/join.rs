@@ -17,9 +17,10 @@ pub fn run(place: &Place, options: &Join) -> Outcome {
         None => read_token()?,
     };
     let peer = join(&own, token.trim()).map_err(|error| Failure::from_error(&error))?;
-    println!(
+    say!(
         "joined node {} ({}); the two trust each other now. {RESTART}",
-        peer.name, peer.id
+        peer.name,
+        peer.id
     );
     Ok(())
 }

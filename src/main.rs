@@ -1,5 +1,7 @@
 //! The `holdfast` program: a verb per file, no logic of its own.
 
+#[macro_use]
+mod output;
 mod cli;
 mod completions;
 mod connect;
@@ -15,7 +17,6 @@ mod init;
 mod invalidate;
 mod join;
 mod man;
-mod output;
 mod pause;
 mod progress;
 mod promote;
@@ -32,6 +33,7 @@ mod volume;
 use clap::Parser as _;
 use cli::{Cli, Verb};
 use failure::Outcome;
+use std::io::Write as _;
 use std::process::ExitCode;
 
 fn main() -> ExitCode {
@@ -40,7 +42,8 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(failure) => {
             let code = failure.code;
-            eprintln!("{:?}", miette::Report::new(failure));
+            // The exit code tells even where nobody reads the words.
+            let _ = writeln!(std::io::stderr(), "{:?}", miette::Report::new(failure));
             ExitCode::from(code)
         }
     }

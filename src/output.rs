@@ -13,6 +13,13 @@ pub fn print(text: &str) -> bool {
         .is_ok()
 }
 
+/// A line on standard output, as `println!`, but without a panic when nobody reads any more.
+macro_rules! say {
+    ($($text:tt)*) => {{
+        let _ = $crate::output::print(&format!("{}\n", format_args!($($text)*)));
+    }};
+}
+
 /// One JSON value and the end of the line.
 pub fn json_line<T: serde::Serialize>(value: &T) -> String {
     // Values of the control protocol have string keys only, so this cannot fail.

@@ -12,8 +12,8 @@ pub fn run(place: &Place, options: &Resync) -> Outcome {
     if !options.wait {
         for peer in &report.peers {
             match &peer.resync {
-                Some(resync) => println!("{}: {}", peer.name, render::resync_line(resync)),
-                None => println!(
+                Some(resync) => say!("{}: {}", peer.name, render::resync_line(resync)),
+                None => say!(
                     "{}: no resync; link {}, {} lacking",
                     peer.name,
                     peer.link,
@@ -30,6 +30,6 @@ pub fn run(place: &Place, options: &Resync) -> Outcome {
     });
     bar.finish();
     result?;
-    println!("every copy of service {} has everything", report.name);
+    say!("every copy of service {} has everything", report.name);
     Ok(())
 }

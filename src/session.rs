@@ -71,7 +71,7 @@ impl Session {
     /// Has the service carry out a command and prints its sentence.
     pub fn run(&mut self, command: ServiceCommand) -> Result<(), Failure> {
         let text = self.client.command(&self.service, command)?;
-        println!("{text}");
+        say!("{text}");
         Ok(())
     }
 

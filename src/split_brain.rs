@@ -15,12 +15,12 @@ pub fn run(place: &Place, verb: &SplitBrain) -> Outcome {
 fn show(place: &Place, service: &Service) -> Outcome {
     let mut session = place.session(service)?;
     let loss = session.loss()?;
-    println!("this node, {}: {loss}", session.client.node());
+    say!("this node, {}: {loss}", session.client.node());
     for peer in session.report()?.peers {
         let facts = session
             .client
             .explain_handshake(&session.service, &peer.name)?;
-        println!("\nwith {}: {facts}", peer.name);
+        say!("\nwith {}: {facts}", peer.name);
     }
     Ok(())
 }

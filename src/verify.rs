@@ -24,7 +24,7 @@ pub fn run(place: &Place, options: &Verify) -> Outcome {
         .begin(&session.service, command, PATIENCE)?;
     if !options.wait {
         let started = "verification runs; `holdfast status` shows how far it is";
-        println!("{}", answered.as_deref().unwrap_or(started));
+        say!("{}", answered.as_deref().unwrap_or(started));
         return Ok(());
     }
     let bar = Progress::start("verify");
@@ -38,7 +38,7 @@ pub fn run(place: &Place, options: &Verify) -> Outcome {
     bar.finish();
     let found = result?;
     if found.different_bytes == 0 {
-        println!(
+        say!(
             "{} compared, the copies are identical",
             render::bytes(found.compared_bytes)
         );

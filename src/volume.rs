@@ -68,7 +68,7 @@ impl Sizes {
 
 fn tell(created: &Created) {
     for volume in &created.volumes {
-        println!(
+        say!(
             "volume {} of service {}: {} on {}, {} of metadata in {}{}",
             volume.name,
             created.service,
@@ -84,12 +84,12 @@ fn tell(created: &Created) {
         );
     }
     if created.in_sync.is_empty() {
-        println!(
+        say!(
             "No copy counts as the first one yet: start the replicators, then `holdfast promote --force` on the node \
              whose data is to be kept."
         );
     } else {
-        println!("All copies created like this are equal: no initial copy is needed.");
+        say!("All copies created like this are equal: no initial copy is needed.");
     }
 }
 
@@ -158,7 +158,7 @@ fn grow(place: &Place, service: &str, volume: &str, text: &str) -> Outcome {
         volume: volume.to_string(),
         size,
     };
-    println!("{}", place.connect()?.command(service, command)?);
+    say!("{}", place.connect()?.command(service, command)?);
     Ok(())
 }
 
@@ -177,7 +177,7 @@ fn replace_disk(place: &Place, options: &VolumeReplace) -> Outcome {
     };
     let created = create::replace_disk(&config, &options.service, &options.volume, &chosen);
     for volume in created.map_err(failed)?.volumes {
-        println!(
+        say!(
             "volume {}: new metadata in {}; start the replicator, and the peer fills it",
             volume.name,
             volume.metadata_path.display()
@@ -196,7 +196,7 @@ fn remove(place: &Place, options: &VolumeRemove) -> Outcome {
     );
     consent::ask(&doing, &loss, options.yes)?;
     create::remove(&config, &options.service, &options.volume).map_err(failed)?;
-    println!(
+    say!(
         "removed; take the volume out of {} now",
         config.file.display()
     );
