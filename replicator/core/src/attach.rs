@@ -2,7 +2,7 @@
 
 use crate::activity_log::ActivityLog;
 use crate::api::*;
-use crate::bitmap::{DirtyBitmap, SUMMARY_ALL_SET, SUMMARY_CLEAN, SUMMARY_PARTIAL};
+use crate::bitmap::{DirtyBitmap, SUMMARY_DAMAGED, SUMMARY_CLEAN, SUMMARY_PARTIAL};
 use crate::op::*;
 use crate::overlap::OverlapIndex;
 use crate::peer::*;
@@ -550,7 +550,7 @@ fn load_bitmap(
             // A damaged summary says nothing, and that means everything (D7).
             let state = summary
                 .as_ref()
-                .map_or(SUMMARY_ALL_SET, |s| s[(page - first) as usize]);
+                .map_or(SUMMARY_DAMAGED, |s| s[(page - first) as usize]);
             if state == SUMMARY_CLEAN {
                 continue;
             }

@@ -430,16 +430,18 @@ fn d7_a_torn_page_completed_by_its_successor_loses_nothing() {
     b.set(PAGE_BYTES - 4096, 4096);
     disk.land(
         &page_write(&mut b, 0).expect("there is something to save"),
-        0b1000_0000,
+        0b0000_0001,
     );
     let mut b = disk.load();
     assert!(b.all_set(0, PAGE_BYTES), "a torn page says everything");
-    // A resync clears all but the first and the last block; another block is dirtied meanwhile.
-    b.clear(4096, PAGE_BYTES - 8192);
-    b.set(40_000 << 3, 4096);
+    // Another block is dirtied; a resync clears all but that one, the first and the last.
+    b.set(78 << GRAIN, 4096);
+    b.clear(4096, 77 << GRAIN);
+    b.clear(79 << GRAIN, PAGE_BYTES - (80 << GRAIN));
+    assert_eq!(b.count(), 3);
     disk.land(
         &page_write(&mut b, 0).expect("there is something to save"),
-        0b0000_0001,
+        0b1000_0000,
     );
     check_recovery(&b, &disk.load()).expect("nothing is lost");
 }

@@ -564,6 +564,38 @@ impl Target {
     }
 }
 
+/// A torn header and a later one that is torn too could together be the first one, whole, whose data has been
+/// written over by then.
+#[test]
+fn d12_a_torn_header_is_erased_before_the_log_goes_on() {
+    let v = VolumeIndex(0);
+    let mut disk: BTreeMap<Place, Sector> = block_sectors(0, &encode_head(&head(1)))
+        .into_iter()
+        .collect();
+    let clean = recover(&disk);
+    assert_eq!(
+        (clean.phase(), clean.sweep()),
+        (Phase::Active, None),
+        "nothing was ever written behind the head"
+    );
+    let mut log = active();
+    let first = save(&mut log, 0, 0, 4096);
+    log.data_saved(first);
+    let header = log.next_header().expect("its data is durable");
+    // Its first sector landed; what it says is zero further on is not.
+    disk.insert(Place::Area(8), block_sectors(0, &header.bytes)[0].1);
+    disk.insert(Place::Area(9), [0xee; 512]);
+    let mut log = recover(&disk);
+    assert_eq!((log.phase(), log.sweep()), (Phase::Sweeping, Some(4096)));
+    assert!(log.is_intact(), "a rollback needs no more");
+    assert_eq!(log.check(v, 0, 4096), Gate::Wait);
+    assert!(log.claim(v, 0, 4096).is_empty());
+    assert_eq!(log.drop_log(), None);
+    assert_eq!(log.swept(), Some([0; 4096]), "the drop had to wait");
+    log.dropped();
+    assert_eq!(log.check(v, 0, 4096), Gate::Open);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Overwrite {
