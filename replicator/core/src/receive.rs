@@ -383,7 +383,7 @@ impl Core {
                     position,
                     dependency,
                 } => {
-                    if dependency > applied {
+                    if dependency > applied || (waits_for_stable && position > stable) {
                         break;
                     }
                     self.issued = self.issued.max(position);

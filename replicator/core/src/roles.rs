@@ -520,6 +520,13 @@ impl Core {
             );
             return;
         }
+        let established = matches!(self.peers[at].relation, Relation::Established);
+        if established && (self.issued != header.position || self.peers[at].dirty_bits() > 0) {
+            // It forked at another place than where we stand: one of us holds what the other lacks.
+            self.sb.epoch_gate = header.epoch;
+            self.commit(Then::Nothing, out);
+            return self.meet_again(at, "the new generation forks at another position than ours", out);
+        }
         self.sb.epoch_gate = header.epoch;
         for (other, peer) in self.peers.iter_mut().enumerate() {
             peer.is_primary = other == at;
