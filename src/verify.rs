@@ -3,6 +3,7 @@
 use crate::cli::{Place, Verify};
 use crate::failure::{FOUND_BAD, Failure, Outcome};
 use crate::progress::Progress;
+use holdfast_replicator::control::client::ClientError;
 use holdfast_replicator::control::follow;
 use holdfast_replicator::control::protocol::ServiceCommand;
 use holdfast_replicator::control::render;
