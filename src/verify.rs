@@ -20,9 +20,16 @@ pub fn run(place: &Place, options: &Verify) -> Outcome {
     let command = ServiceCommand::Verify {
         volume: options.volume.clone(),
     };
-    let answered = place
-        .connect()?
-        .begin(&session.service, command, PATIENCE)?;
+    let answered = match place.connect()?.begin(&session.service, command, PATIENCE) {
+        // A short one has ended by now, and what it found is an answer, not a failure to look.
+        Err(ClientError::Fault(fault)) if fault.what.starts_with("DIFFERENT") => {
+            return Err(Failure {
+                code: FOUND_BAD,
+                ..ClientError::Fault(fault).into()
+            });
+        }
+        answered => answered?,
+    };
     if !options.wait {
         let started = "verification runs; `holdfast status` shows how far it is";
         say!("{}", answered.as_deref().unwrap_or(started));
