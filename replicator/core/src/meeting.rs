@@ -319,7 +319,7 @@ impl Core {
                     decision.why.clone(),
                     out,
                 );
-                self.close(at, GoodbyeCode::Refused, &decision.why, true, out);
+                self.peers[at].relation = Relation::Waiting { since: self.now };
             }
             _ => {
                 self.notice(

@@ -32,6 +32,10 @@ pub(crate) enum Relation {
         committing: bool,
     },
     Established,
+    /// Neither may be the other's source: meet again from time to time, a third copy may change that.
+    Waiting {
+        since: Time,
+    },
     /// The meeting ended without agreement.
     Refused,
 }
@@ -49,6 +53,7 @@ impl Relation {
             Relation::Source => "source",
             Relation::Joining { .. } => "joining",
             Relation::Established => "established",
+            Relation::Waiting { .. } => "waiting",
             Relation::Refused => "refused",
         }
     }
@@ -109,6 +114,8 @@ pub(crate) struct TargetState {
     pub started: Time,
     /// Where the source was when it said ResyncDone, and where its generation begins.
     pub done_position: Position,
+    /// ResyncDone came: what follows it is mirrored writes of a copy that is about to be whole.
+    pub finishing: bool,
     pub generation_base: Option<Position>,
 }
 

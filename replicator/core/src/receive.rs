@@ -359,8 +359,8 @@ impl Core {
             };
             let applied = peer.inbox.applied_through();
             let stable = peer.inbox.stable;
-            let waits_for_stable =
-                peer.their_mode == Mode::Async && matches!(peer.relation, Relation::Established);
+            let whole = matches!(peer.relation, Relation::Established) || peer.target.finishing;
+            let waits_for_stable = peer.their_mode == Mode::Async && whole;
             match front {
                 Received::Apply(key) => {
                     let Some(Op::Apply(op)) = self.ops.get(key) else {
@@ -400,11 +400,12 @@ impl Core {
                     self.start_peer_flushes(at, out);
                 }
                 Received::ResyncDone { position } => {
-                    if !self.peers[at].inbox.begun.is_empty() {
+                    // An async copy is whole only at a point that every member of S has durably.
+                    let ahead = peer.their_mode == Mode::Async && peer.is_primary && position > stable;
+                    if !peer.inbox.begun.is_empty() || ahead {
                         break;
                     }
                     self.peers[at].inbox.queue.pop_front();
-                    let _ = position;
                     if let Some(session) = self.peers[at].session {
                         self.flush_locally(FlushFor::Complete { peer: at, session }, out);
                     }

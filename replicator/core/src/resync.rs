@@ -323,6 +323,7 @@ impl Core {
         }
         self.peers[at].target.done_position = position;
         self.peers[at].target.generation_base = Some(base);
+        self.peers[at].target.finishing = true;
         self.peers[at]
             .inbox
             .queue

@@ -130,7 +130,10 @@ impl Core {
             p.session.is_some()
                 && !matches!(
                     p.relation,
-                    Relation::Established | Relation::Source | Relation::Refused
+                    Relation::Established
+                        | Relation::Source
+                        | Relation::Refused
+                        | Relation::Waiting { .. }
                 )
         });
         if unsettled {

@@ -579,6 +579,12 @@ impl Core {
                 self.close(at, GoodbyeCode::Disconnect, &text, true, out);
                 continue;
             }
+            if let Relation::Waiting { since } = peer.relation
+                && self.now.ms_since(since) > self.tuning.peer_timeout_ms
+            {
+                self.meet_again(at, "what neither copy could decide may be clear by now", out);
+                continue;
+            }
             if self.now.ms_since(peer.last_sent) >= self.tuning.heartbeat_ms {
                 self.send_body(at, FrameKind::Heartbeat, Body::Empty, out);
             }
