@@ -447,6 +447,21 @@ impl Core {
         let Some(session) = self.peers[at].session else {
             return;
         };
+        // One source at a time: two would mix their blocks. A primary goes before any other.
+        for other in 0..self.peers.len() {
+            let filling = matches!(
+                self.peers[other].relation,
+                Relation::Target | Relation::TargetPreparing
+            );
+            if other == at || !filling {
+                continue;
+            }
+            if !theirs.is_primary || self.peers[other].is_primary {
+                self.peers[at].relation = Relation::Waiting { since: self.now };
+                return;
+            }
+            self.meet_again(other, "the primary fills this copy instead", out);
+        }
         if self.is_primary_like() {
             self.stop_being_primary(out);
         }

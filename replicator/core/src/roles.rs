@@ -555,6 +555,7 @@ impl Core {
                     return;
                 }
                 self.push_generation(generation);
+                self.sb.flags.zeroed = false;
                 self.sb.generation_base = header.position;
                 self.unclean_start = false;
                 self.was_primary_before = false;

@@ -199,12 +199,16 @@ impl<'a> Meeting<'a> {
             blank(self.a) && !resumes(self.a, self.b),
             blank(self.b) && !resumes(self.b, self.a),
         );
-        if blank_a && blank_b {
+        if blank_a || blank_b {
+            // `zeroed` ends with the first promotion a copy hears of: a copy that is not blank any more because it
+            // met a third one still reads zero everywhere.
             let created = current(self.a);
+            let replaced = self.a.volumes.iter().chain(&self.b.volumes).any(|v| v.blank);
             if self.a.flags.zeroed
                 && self.b.flags.zeroed
                 && created == current(self.b)
                 && created != NO_GENERATION
+                && !replaced
             {
                 let why = format!(
                     "both copies read zero everywhere since one `create` made generation {created}"
@@ -215,6 +219,8 @@ impl<'a> Meeting<'a> {
                     why,
                 });
             }
+        }
+        if blank_a && blank_b {
             let why = "both copies are blank and no `create` zeroed both: nothing says which one the service starts from".into();
             return Some(ask(
                 Row::R3,
