@@ -359,7 +359,9 @@ impl Core {
             };
             let applied = peer.inbox.applied_through();
             let stable = peer.inbox.stable;
-            let whole = matches!(peer.relation, Relation::Established) || peer.target.finishing;
+            let whole = matches!(peer.relation, Relation::Established)
+                || peer.target.finishing
+                || peer.inbox.orphan;
             let waits_for_stable = peer.their_mode == Mode::Async && whole;
             match front {
                 Received::Apply(key) => {
@@ -600,6 +602,7 @@ impl Core {
         }
         if peer.session.map(|s| s.0) != Some(op.session) {
             // Its session ended while the disk worked: nobody to tell.
+            self.start_peer_flushes(at, out);
             self.pump_inbox(at, out);
             self.trim_window(out);
             self.orphan_progress(at, out);
@@ -671,17 +674,13 @@ impl Core {
         if position > 0 {
             self.local_flushed = self.local_flushed.max(position);
         }
-        // Acknowledgements of the writes before it go first: the stream keeps them in order.
-        self.send_acks(at, out);
-        self.send_body(
-            at,
-            FrameKind::FlushAck,
-            Body::FlushAck {
-                position,
-                resync_sequence,
-            },
-            out,
-        );
+        if self.peers[at].on(session) {
+            // Acknowledgements of the writes before it go first: the stream keeps them in order.
+            self.send_acks(at, out);
+            let body = Body::FlushAck { position, resync_sequence };
+            self.send_body(at, FrameKind::FlushAck, body, out);
+        }
+        self.start_peer_flushes(at, out);
         self.trim_window(out);
         self.pump_inbox(at, out);
     }
