@@ -13,6 +13,8 @@ pub const BITS_PER_PAGE: usize = PAGE_WORDS * 64;
 /// Pages whose summary bytes share one block.
 pub const SUMMARY_ENTRIES: usize = 4080;
 
+/// Highest summary entry with a meaning.
+const SUMMARY_MOST: u8 = 2;
 const PAGE_MAGIC: u32 = 0x4850_4248; // "HBPH"
 const SUMMARY_MAGIC: u32 = 0x4853_4248; // "HBSH"
 
@@ -85,7 +87,8 @@ pub fn decode_page(
     Ok(words)
 }
 
-/// The bytes of a summary block; missing entries at the end are zero.
+/// The bytes of a summary block, one per page: 0 clean (the page's content counts for nothing), 1 some bits set
+/// (the page says which), 2 all set. Missing entries at the end are zero.
 pub fn encode_summary(volume: VolumeIndex, peer: u8, number: u64, entries: &[u8]) -> [u8; 4096] {
     assert!(
         entries.len() <= SUMMARY_ENTRIES,
@@ -100,7 +103,7 @@ pub fn encode_summary(volume: VolumeIndex, peer: u8, number: u64, entries: &[u8]
 /// The entries of a summary block. Allocates nothing.
 ///
 /// # Errors
-/// A torn, flipped or misplaced block.
+/// A torn, flipped or misplaced block, or an entry that means nothing.
 pub fn decode_summary(
     block: &[u8; 4096],
     volume: VolumeIndex,
@@ -110,5 +113,8 @@ pub fn decode_summary(
     check(SUMMARY_MAGIC, volume, peer, number, block)?;
     let mut entries = [0u8; SUMMARY_ENTRIES];
     entries.copy_from_slice(&block[16..]);
+    if entries.iter().any(|entry| *entry > SUMMARY_MOST) {
+        return Err(Damaged);
+    }
     Ok(entries)
 }

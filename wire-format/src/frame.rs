@@ -286,3 +286,5 @@ pub enum Body {
 
 /// Most runs in one acknowledgement.
 pub const MAX_ACK_RUNS: usize = 512;
+/// 64-bit words in one `Bitmap` frame that has any: the bits of one page of the bitmap on disk.
+pub const BITMAP_WORDS: usize = crate::bitmap_page::PAGE_WORDS;

@@ -1,0 +1,568 @@
+//! What an application may expect, from what it asked and was told: nothing here knows how a copy works.
+//!
+//! Every sector has a history of writes. A promotion is checked against it sector by sector (no acknowledged
+//! write missing, nothing reappearing), then the history continues from what the promoted copy holds. After a
+//! person forced something, the promises toward the old branch end: the history starts again from the forced
+//! copy (`forked`), until both copies are seen equal.
+
+use holdfast_wire_format::ids::{Slot, SlotSet};
+use std::collections::{BTreeMap, BTreeSet};
+
+/// Index of a write; its stamp is one more.
+pub type WriteId = u32;
+
+#[derive(Clone, Debug)]
+struct Write {
+    value: u64,
+    volume: usize,
+    first: u64,
+    count: u64,
+    fua: bool,
+    invoked: u64,
+    /// Answered, either way.
+    ended: Option<u64>,
+    acknowledged: Option<u64>,
+    /// The copies that held it then.
+    set: SlotSet,
+    tenure: usize,
+}
+
+#[derive(Clone, Copy, Debug)]
+struct Entry {
+    write: WriteId,
+    /// Found on a promoted copy: it counts as acknowledged from then on, and comes before all later ones.
+    settled: Option<u64>,
+    /// A read returned it.
+    seen: Option<u64>,
+}
+
+/// One time of being primary.
+#[derive(Clone, Debug)]
+struct Tenure {
+    node: usize,
+    /// Its writes are part of the history.
+    official: bool,
+    /// What the copy held when it began.
+    snapshot: Vec<Vec<u64>>,
+}
+
+/// What the oracle knows.
+#[derive(Debug)]
+pub struct Oracle {
+    writes: Vec<Write>,
+    history: Vec<BTreeMap<u64, Vec<Entry>>>,
+    /// Every write ever made to a sector, for checks of forced copies.
+    all: Vec<BTreeMap<u64, Vec<WriteId>>>,
+    dead: BTreeSet<(WriteId, u64)>,
+    base: Vec<Vec<u64>>,
+    base_at: u64,
+    base_certain: bool,
+    base_set: SlotSet,
+    tenures: Vec<Tenure>,
+    flushes: Vec<(u64, u64)>,
+    last_flush: u64,
+    lost_since: Vec<Option<u64>>,
+    losses: Vec<(u64, Vec<Option<u64>>)>,
+    settled_set: SlotSet,
+    /// A person forced something and the copies were not seen equal since.
+    pub forked: bool,
+    positions: BTreeMap<(u64, u64), (u64, u64)>,
+    pub checked_promotions: u64,
+    pub checked_reads: u64,
+}
+
+impl Oracle {
+    /// Zeroed volumes of these sizes in sectors, on so many copies.
+    #[must_use]
+    pub fn new(volumes: &[u64], copies: usize) -> Self {
+        Oracle {
+            writes: Vec::new(),
+            history: vec![BTreeMap::new(); volumes.len()],
+            all: vec![BTreeMap::new(); volumes.len()],
+            dead: BTreeSet::new(),
+            base: volumes.iter().map(|n| vec![0; *n as usize]).collect(),
+            base_at: 0,
+            base_certain: true,
+            base_set: SlotSet::EMPTY,
+            tenures: Vec::new(),
+            flushes: Vec::new(),
+            last_flush: 0,
+            lost_since: vec![None; copies],
+            losses: Vec::new(),
+            settled_set: SlotSet::EMPTY,
+            forked: false,
+            positions: BTreeMap::new(),
+            checked_promotions: 0,
+            checked_reads: 0,
+        }
+    }
+
+    /// The tenure a node serves in now, if its history counts.
+    #[must_use]
+    pub fn tenure_of(&self, node: usize) -> Option<usize> {
+        self.tenures.iter().rposition(|t| t.node == node)
+    }
+
+    fn current(&self, tenure: usize) -> bool {
+        self.tenures
+            .iter()
+            .rposition(|t| t.official)
+            .is_some_and(|t| t == tenure)
+    }
+
+    /// A write or zero goes to a primary. Returns its number and stamp.
+    #[allow(clippy::too_many_arguments)]
+    pub fn write_invoked(
+        &mut self,
+        now: u64,
+        node: usize,
+        volume: usize,
+        first: u64,
+        count: u64,
+        zero: bool,
+        fua: bool,
+    ) -> (WriteId, u64) {
+        let id = self.writes.len() as WriteId;
+        let value = if zero { 0 } else { u64::from(id) + 1 };
+        let tenure = self.tenure_of(node).unwrap_or(usize::MAX);
+        self.writes.push(Write {
+            value,
+            volume,
+            first,
+            count,
+            fua,
+            invoked: now,
+            ended: None,
+            acknowledged: None,
+            set: SlotSet::EMPTY,
+            tenure,
+        });
+        if tenure != usize::MAX && self.tenures[tenure].official {
+            for sector in first..first + count {
+                let entry = Entry {
+                    write: id,
+                    settled: None,
+                    seen: None,
+                };
+                self.all[volume].entry(sector).or_default().push(id);
+                // Sent to a primary that was replaced meanwhile: it may land nowhere or, late, be refused.
+                if self.current(tenure) {
+                    self.history[volume].entry(sector).or_default().push(entry);
+                }
+            }
+        }
+        (id, value)
+    }
+
+    /// The write was answered. `set`: the copies that the primary counts as holding everything.
+    ///
+    /// # Errors
+    /// It was acknowledged by a primary that was replaced, and its successor lacks it (C1).
+    pub fn write_ended(
+        &mut self,
+        now: u64,
+        id: WriteId,
+        ok: bool,
+        set: SlotSet,
+    ) -> Result<(), String> {
+        let write = &mut self.writes[id as usize];
+        write.ended = Some(now);
+        if !ok {
+            return Ok(());
+        }
+        write.acknowledged = Some(now);
+        write.set = set;
+        let write = write.clone();
+        let Some(tenure) = self.tenures.get(write.tenure) else {
+            return Err(format!("write {id} completed at a copy that was never primary"));
+        };
+        if !tenure.official {
+            return Ok(());
+        }
+        let Some(next) = self.tenures[write.tenure + 1..].iter().find(|t| t.official) else {
+            return Ok(());
+        };
+        if self.forked {
+            return Ok(());
+        }
+        for sector in write.first..write.first + write.count {
+            let value = next.snapshot[write.volume][sector as usize];
+            let covered = value == write.value
+                || self.all[write.volume].get(&sector).is_some_and(|ids| {
+                    ids.iter().map(|i| &self.writes[*i as usize]).any(|w| {
+                        w.value == value && !w.ended.is_some_and(|e| e < write.invoked)
+                    })
+                });
+            if !covered {
+                return Err(format!(
+                    "C1: write {id} completed at node {} after node {} was promoted without it (volume {} sector {sector} held {value})",
+                    tenure.node, next.node, write.volume
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// A flush was answered Ok: everything acknowledged before it was asked for is safe from power cuts.
+    pub fn flush_ended(&mut self, node: usize, invoked: u64, now: u64) {
+        let official = self.tenure_of(node).is_some_and(|t| self.current(t));
+        if official {
+            self.flushes.push((invoked, now));
+            self.last_flush = self.last_flush.max(invoked);
+        }
+    }
+
+    fn acknowledged(&self, entry: &Entry) -> Option<u64> {
+        entry
+            .settled
+            .or(self.writes[entry.write as usize].acknowledged)
+    }
+
+    fn gone(&self, since: u64, set: SlotSet) -> bool {
+        self.losses.iter().any(|(at, lost)| {
+            *at >= since
+                && set.iter().all(|slot| {
+                    lost.get(slot.0 as usize)
+                        .is_some_and(|l| l.is_some_and(|l| l >= since))
+                })
+        })
+    }
+
+    /// What was acknowledged at `since` and never flushed may be missing on `node`.
+    fn may_be_lost(&self, since: u64, set: SlotSet, node: usize) -> bool {
+        since >= self.last_flush
+            && (self.lost_since[node].is_some_and(|l| l >= since) || self.gone(since, set))
+    }
+
+    fn required(&self, entry: &Entry, node: usize) -> bool {
+        let write = &self.writes[entry.write as usize];
+        let Some(since) = self.acknowledged(entry) else {
+            return false;
+        };
+        if write.fua && write.acknowledged.is_some() {
+            return true;
+        }
+        let set = if write.acknowledged.is_some() {
+            write.set
+        } else {
+            self.settled_set
+        };
+        !self.may_be_lost(since, set, node)
+    }
+
+    fn before(&self, entries: &[Entry], x: usize, y: usize) -> bool {
+        let (a, b) = (&entries[x], &entries[y]);
+        match (a.settled, b.settled) {
+            (Some(_), Some(_)) => x < y,
+            (Some(_), None) => true,
+            (None, Some(_)) => false,
+            (None, None) => self.writes[a.write as usize]
+                .ended
+                .is_some_and(|e| e < self.writes[b.write as usize].invoked),
+        }
+    }
+
+    /// The newest entry that explains `value` on `node`: `Some(None)` is the base.
+    fn explain(&self, volume: usize, sector: u64, value: u64, node: usize) -> Option<Option<usize>> {
+        let empty = Vec::new();
+        let entries = self.history[volume].get(&sector).unwrap_or(&empty);
+        for x in (0..entries.len()).rev() {
+            if self.writes[entries[x].write as usize].value != value {
+                continue;
+            }
+            let stale = (0..entries.len())
+                .any(|y| y != x && self.before(entries, x, y) && self.required(&entries[y], node));
+            if !stale {
+                return Some(Some(x));
+            }
+        }
+        let newer = entries.iter().any(|e| self.required(e, node));
+        let base_is_certain =
+            self.base_certain || !self.may_be_lost(self.base_at, self.base_set, node);
+        if !newer && (self.base[volume][sector as usize] == value || !base_is_certain) {
+            return Some(None);
+        }
+        None
+    }
+
+    fn describe(&self, volume: usize, sector: u64) -> String {
+        let mut text = format!("base {}", self.base[volume][sector as usize]);
+        for e in self.history[volume].get(&sector).into_iter().flatten() {
+            let w = &self.writes[e.write as usize];
+            text += &format!(
+                "; {} tenure {} asked {} ended {:?} acknowledged {:?} by {:?} settled {:?}{}",
+                w.value,
+                w.tenure,
+                ms(w.invoked),
+                w.ended.map(ms),
+                w.acknowledged.map(ms),
+                w.set,
+                e.settled.map(ms),
+                if w.fua { " fua" } else { "" }
+            );
+        }
+        text + &format!(
+            "; last flush asked {}, power lost {:?}",
+            ms(self.last_flush),
+            self.lost_since
+                .iter()
+                .map(|l| l.map(ms))
+                .collect::<Vec<_>>()
+        )
+    }
+
+    /// A copy became primary holding `view`.
+    ///
+    /// # Errors
+    /// An acknowledged write is missing, or something given up came back (D1, D2, C1, C2), or a forced copy is no
+    /// point in time (D3).
+    pub fn promoted(
+        &mut self,
+        now: u64,
+        node: usize,
+        forced: bool,
+        set: SlotSet,
+        view: Vec<Vec<u64>>,
+    ) -> Result<(), String> {
+        self.checked_promotions += 1;
+        let mut result = Ok(());
+        if !self.forked && !forced {
+            'all: for (volume, sectors) in view.iter().enumerate() {
+                for (sector, value) in sectors.iter().enumerate() {
+                    if self.explain(volume, sector as u64, *value, node).is_none() {
+                        result = Err(format!(
+                            "node {node} was promoted without force and holds {value} in volume {volume} sector {sector}: {}",
+                            self.describe(volume, sector as u64)
+                        ));
+                        break 'all;
+                    }
+                }
+            }
+        } else if !self.forked {
+            result = self.is_a_point_in_time(node, &view);
+        }
+        self.settled_set = set;
+        if result.is_ok() && !self.forked && !forced {
+            self.settle(now, node, &view);
+        } else {
+            for tenure in &mut self.tenures {
+                tenure.official = false;
+            }
+            self.rebase(now, set, view.clone());
+            self.forked = true;
+        }
+        self.tenures.push(Tenure {
+            node,
+            official: true,
+            snapshot: view,
+        });
+        result
+    }
+
+    fn settle(&mut self, now: u64, node: usize, view: &[Vec<u64>]) {
+        for volume in 0..view.len() {
+            let sectors: Vec<u64> = self.history[volume].keys().copied().collect();
+            for sector in sectors {
+                let value = view[volume][sector as usize];
+                let found = self.explain(volume, sector, value, node).flatten();
+                let entries = self.history[volume].get(&sector).cloned().unwrap_or_default();
+                let mut kept: Vec<Entry> = Vec::new();
+                for (at, entry) in entries.iter().enumerate() {
+                    let keep = found.is_some_and(|x| at == x || self.before(&entries, at, x));
+                    if keep && (Some(at) == found || entry.settled.is_some()
+                        || self.acknowledged(entry).is_some())
+                    {
+                        kept.push(*entry);
+                    } else if !keep
+                        && self.acknowledged(entry).is_some()
+                        && found.is_none_or(|x| self.before(&entries, x, at))
+                    {
+                        self.dead.insert((entry.write, sector));
+                    }
+                }
+                // The one found is the newest.
+                if let Some(x) = found {
+                    let write = entries[x].write;
+                    kept.retain(|e| e.write != write);
+                    kept.push(entries[x]);
+                }
+                for entry in &mut kept {
+                    let at = self.writes[entry.write as usize].acknowledged.unwrap_or(now);
+                    entry.settled.get_or_insert(at);
+                }
+                self.history[volume].insert(sector, kept);
+            }
+        }
+    }
+
+    /// From here on only what this copy holds counts.
+    pub fn rebase(&mut self, now: u64, set: SlotSet, view: Vec<Vec<u64>>) {
+        self.base = view;
+        self.base_at = now;
+        self.base_certain = false;
+        self.base_set = set;
+        for history in &mut self.history {
+            history.clear();
+        }
+    }
+
+    /// D3: what a copy holds must be a cut of the order in which things completed.
+    fn is_a_point_in_time(&self, node: usize, view: &[Vec<u64>]) -> Result<(), String> {
+        let volatile = self.lost_since[node].is_some();
+        let mut newest = (0, 0);
+        for (volume, sectors) in view.iter().enumerate() {
+            for sector in self.all[volume].keys() {
+                let value = sectors[*sector as usize];
+                if value > 0
+                    && let Some(w) = self.writes.get(value as usize - 1)
+                {
+                    newest = newest.max((w.invoked, value));
+                }
+            }
+        }
+        // What completed (after a power cut: what was flushed) before the newest visible write was asked for.
+        let boundary = if volatile {
+            self.flushes
+                .iter()
+                .filter(|f| f.1 < newest.0)
+                .map(|f| f.0)
+                .max()
+                .unwrap_or(0)
+        } else {
+            newest.0
+        };
+        for (volume, sectors) in self.all.iter().enumerate() {
+            for (sector, ids) in sectors {
+                let value = view[volume][*sector as usize];
+                let must: Vec<&Write> = ids
+                    .iter()
+                    .filter(|id| !self.dead.contains(&(**id, *sector)))
+                    .map(|id| &self.writes[*id as usize])
+                    .filter(|w| {
+                        w.acknowledged
+                            .is_some_and(|a| a < boundary && a >= self.base_at)
+                    })
+                    .collect();
+                let explained = |w: &Write| {
+                    w.value == value
+                        && !must
+                            .iter()
+                            .any(|y| w.ended.is_some_and(|e| e < y.invoked) && y.value != value)
+                };
+                let by_write = ids.iter().any(|id| explained(&self.writes[*id as usize]));
+                if !by_write && !must.is_empty() {
+                    return Err(format!(
+                        "D3: node {node} was promoted by force and is no point in time: it holds write {} (asked {}) but in volume {volume} sector {sector} only {value}, although {} completed before (power lost there: {volatile}); {}",
+                        newest.1,
+                        ms(newest.0),
+                        must.iter().map(|w| w.value.to_string()).collect::<Vec<_>>().join(", "),
+                        self.describe(volume, *sector)
+                    ));
+                }
+            }
+        }
+        Ok(())
+    }
+
+    /// A read at a primary returned `values`.
+    ///
+    /// # Errors
+    /// No write the application may still see explains a value.
+    #[allow(clippy::too_many_arguments)]
+    pub fn read_ended(
+        &mut self,
+        node: usize,
+        tenure: Option<usize>,
+        volume: usize,
+        first: u64,
+        values: &[u64],
+        invoked: u64,
+        now: u64,
+    ) -> Result<(), String> {
+        let Some(tenure) = tenure else { return Ok(()) };
+        if !self.current(tenure) || self.tenure_of(node) != Some(tenure) {
+            // A replaced primary may read old data: without an agent nothing bounds that.
+            return Ok(());
+        }
+        self.checked_reads += 1;
+        for (i, value) in values.iter().enumerate() {
+            let sector = first + i as u64;
+            let mut entries = self.history[volume].remove(&sector).unwrap_or_default();
+            let known = |e: &Entry| {
+                let acknowledged = self.acknowledged(e);
+                match (acknowledged, e.seen) {
+                    (Some(a), Some(b)) => Some(a.min(b)),
+                    (a, b) => a.or(b),
+                }
+            };
+            let is_known: Vec<bool> = entries
+                .iter()
+                .map(|e| known(e).is_some_and(|k| k < invoked))
+                .collect();
+            let found = (0..entries.len()).rev().find(|x| {
+                self.writes[entries[*x].write as usize].value == *value
+                    && !(0..entries.len())
+                        .any(|y| y != *x && is_known[y] && self.before(&entries, *x, y))
+            });
+            let base = self.base[volume][sector as usize] == *value && !is_known.contains(&true);
+            if let Some(x) = found {
+                entries[x].seen.get_or_insert(now);
+            }
+            if !entries.is_empty() {
+                self.history[volume].insert(sector, entries);
+            }
+            if found.is_none() && !base {
+                return Err(format!(
+                    "a read at node {node} asked {} returned {value} from volume {volume} sector {sector}: {}",
+                    ms(invoked),
+                    self.describe(volume, sector)
+                ));
+            }
+        }
+        Ok(())
+    }
+
+    /// The node lost what only its memory (semi-sync) or its disk's cache held.
+    pub fn lost_power(&mut self, now: u64, node: usize) {
+        self.lost_since[node] = Some(now);
+        self.losses.push((now, self.lost_since.clone()));
+    }
+
+    /// Both copies were seen equal and established: what one had lost is back.
+    pub fn seen_equal(&mut self, a: usize, b: usize) {
+        self.lost_since[a] = None;
+        self.lost_since[b] = None;
+    }
+
+    /// A write goes over the link under a name (D17).
+    ///
+    /// # Errors
+    /// That name stood for other data.
+    pub fn named(
+        &mut self,
+        generation: u64,
+        position: u64,
+        place: u64,
+        content: u64,
+    ) -> Result<(), String> {
+        let before = self
+            .positions
+            .insert((generation, position), (place, content));
+        match before {
+            Some(old) if old != (place, content) => Err(format!(
+                "D17: position {position} of generation {generation:016x} names two writes"
+            )),
+            _ => Ok(()),
+        }
+    }
+
+    /// Members of the set by number.
+    #[must_use]
+    pub fn everyone(copies: usize) -> SlotSet {
+        (0..copies).fold(SlotSet::EMPTY, |s, n| s.with(Slot(n as u8)))
+    }
+}
+
+fn ms(t: u64) -> String {
+    format!("{:.3}ms", t as f64 / 1e6)
+}

@@ -1,0 +1,204 @@
+//! What a seed stands for: the shape of the cluster, and the faults and orders that will come over it.
+
+use crate::disk::SECTOR;
+use crate::rng::Rng;
+use holdfast_replicator_core::api::Tuning;
+use holdfast_wire_format::metadata::{Mode, OnPeerLoss};
+
+/// Nanoseconds.
+pub const MS: u64 = 1_000_000;
+
+/// One thing that goes wrong, or one order given at the wrong moment.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum FaultKind {
+    /// SIGKILL; the process is started again after so many ms.
+    Kill { node: usize, down_ms: u64 },
+    /// The machine loses power, and with it the cache of its disk.
+    Power { node: usize, down_ms: u64 },
+    /// All machines lose power at once.
+    Blackout { down_ms: u64 },
+    /// SIGSTOP, SIGCONT.
+    Freeze { node: usize, ms: u64 },
+    /// Nothing gets from `from` to `to`; both ways if `both`.
+    Cut {
+        from: usize,
+        to: usize,
+        both: bool,
+        ms: u64,
+    },
+    /// The connection breaks; any end of what is in flight is lost.
+    Break { a: usize, b: usize },
+    SlowDisk { node: usize, ms: u64 },
+    /// The next disk operation fails; the node gets a blank disk later, or only a new process.
+    DiskError { node: usize, replace: bool },
+    /// The machine comes back with an empty disk.
+    BlankDisk { node: usize, down_ms: u64 },
+    Promote { node: usize },
+    Force { node: usize },
+    Demote { node: usize },
+    Disconnect { node: usize, ms: u64 },
+    PauseResync { node: usize, ms: u64 },
+    SuspendIo { node: usize, ms: u64 },
+    Verify { node: usize },
+    StopVerify { node: usize },
+    Invalidate { node: usize },
+    /// A clean stop and start.
+    Detach { node: usize, down_ms: u64 },
+    SetPolicy { node: usize, suspend: bool },
+}
+
+/// A fault and its time in ns after the start.
+#[derive(Clone, Copy, Debug)]
+pub struct Fault {
+    pub at: u64,
+    pub kind: FaultKind,
+}
+
+/// The shape of one run.
+#[derive(Clone, Debug)]
+pub struct Plan {
+    pub seed: u64,
+    pub copies: usize,
+    pub modes: Vec<Mode>,
+    pub policy: OnPeerLoss,
+    /// Sectors of each volume.
+    pub volumes: Vec<u64>,
+    pub tuning: Tuning,
+    pub clients: usize,
+    /// Requests one client keeps in flight.
+    pub depth: usize,
+    /// ns a client waits between requests, at most.
+    pub think: u64,
+    /// Sectors the clients mostly write to.
+    pub hot_sectors: u64,
+    /// One way, ns.
+    pub latency: u64,
+    /// Faults stop here, ns.
+    pub duration: u64,
+    /// A failover manager that waits so many ms before it promotes.
+    pub failover_ms: u64,
+    pub faults: Vec<Fault>,
+}
+
+impl Plan {
+    /// Everything about this seed, decided beforehand so that single faults can be left out.
+    #[must_use]
+    pub fn of(seed: u64) -> Plan {
+        let mut rng = Rng::stream(seed, 1);
+        let copies = if rng.chance(250) { 3 } else { 2 };
+        let pair = if rng.chance(200) {
+            Mode::SemiSync
+        } else {
+            Mode::Sync
+        };
+        let modes = vec![pair, pair, Mode::Async][..copies].to_vec();
+        let policy = if rng.chance(300) {
+            OnPeerLoss::Continue
+        } else {
+            OnPeerLoss::Suspend
+        };
+        let volumes = (0..rng.between(1, 3))
+            .map(|_| rng.between(2, 16) * (256 << 10) / SECTOR)
+            .collect();
+        let tuning = Tuning {
+            resync_chunk_bytes: (16 << 10) << rng.below(4),
+            resync_window_bytes: (64 << 10) << rng.below(5),
+            async_queue_bytes: (256 << 10) << rng.below(6),
+            async_block: rng.chance(300),
+            undo_full_pauses: rng.chance(300),
+            ..Tuning::default()
+        };
+        let duration = rng.between(3, 25) * 1000 * MS;
+        let mut plan = Plan {
+            seed,
+            copies,
+            modes,
+            policy,
+            volumes,
+            tuning,
+            clients: rng.between(1, 5) as usize,
+            depth: rng.between(1, 3) as usize,
+            think: [100_000, 2 * MS, 20 * MS, 200 * MS][rng.index(4)],
+            hot_sectors: [16, 128, 1024][rng.index(3)],
+            latency: [50_000, 300_000, 3 * MS, 30 * MS][rng.index(4)],
+            duration,
+            failover_ms: [50, 500, 1500, 5000][rng.index(4)],
+            faults: Vec::new(),
+        };
+        let mut at = rng.between(100, 1500) * MS;
+        // Quiet runs and stormy ones; each has its own taste for some kinds.
+        let pause = [150, 500, 1500, 4000][rng.index(4)];
+        let taste = rng.next();
+        while at < duration {
+            let kind = plan.fault(&mut rng, taste);
+            plan.faults.push(Fault { at, kind });
+            at += rng.between(1, 2 * pause) * MS;
+        }
+        plan
+    }
+
+    fn fault(&self, rng: &mut Rng, taste: u64) -> FaultKind {
+        let node = rng.index(self.copies);
+        let other = (node + 1 + rng.index(self.copies - 1)) % self.copies;
+        let short = [rng.between(1, 100), rng.between(100, 2000), rng.between(2000, 8000)];
+        let ms = short[rng.index(3)];
+        let weights: [(u64, FaultKind); 20] = [
+            (12, FaultKind::Kill { node, down_ms: ms }),
+            (12, FaultKind::Power { node, down_ms: ms }),
+            (3, FaultKind::Blackout { down_ms: ms }),
+            (6, FaultKind::Freeze { node, ms }),
+            (
+                12,
+                FaultKind::Cut {
+                    from: node,
+                    to: other,
+                    both: rng.chance(600),
+                    ms,
+                },
+            ),
+            (12, FaultKind::Break { a: node, b: other }),
+            (4, FaultKind::SlowDisk { node, ms }),
+            (
+                1,
+                FaultKind::DiskError {
+                    node,
+                    replace: rng.chance(700),
+                },
+            ),
+            (1, FaultKind::BlankDisk { node, down_ms: ms }),
+            (8, FaultKind::Promote { node }),
+            (2, FaultKind::Force { node }),
+            (8, FaultKind::Demote { node }),
+            (4, FaultKind::Disconnect { node, ms }),
+            (3, FaultKind::PauseResync { node, ms }),
+            (2, FaultKind::SuspendIo { node, ms }),
+            (3, FaultKind::Verify { node }),
+            (1, FaultKind::StopVerify { node }),
+            (1, FaultKind::Invalidate { node }),
+            (4, FaultKind::Detach { node, down_ms: ms }),
+            (
+                1,
+                FaultKind::SetPolicy {
+                    node,
+                    suspend: rng.chance(500),
+                },
+            ),
+        ];
+        // The taste triples some kinds and leaves some out.
+        let weight = |i: usize, w: u64| match (taste >> (2 * i)) & 3 {
+            0 => 0,
+            1 => w * 3,
+            _ => w,
+        };
+        let total: u64 = (0..weights.len()).map(|i| weight(i, weights[i].0)).sum();
+        let mut at = rng.below(total.max(1));
+        for (i, (w, kind)) in weights.iter().enumerate() {
+            let w = weight(i, *w);
+            if at < w {
+                return *kind;
+            }
+            at -= w;
+        }
+        FaultKind::Break { a: node, b: other }
+    }
+}
