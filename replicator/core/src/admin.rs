@@ -290,7 +290,7 @@ impl Core {
                 result: Err(text),
             });
         };
-        if size < v.size || size % u64::from(v.sector_size) != 0 {
+        if size < v.size || !size.is_multiple_of(u64::from(v.sector_size)) {
             let text = refusal(
                 "a volume can only grow, by whole sectors",
                 "The volume stays as it is",
@@ -405,7 +405,7 @@ impl Core {
         }
         if !self.detach_flushed_once {
             self.detach_flushed_once = true;
-            return self.flush_locally(FlushFor::Detach, out);
+            self.flush_locally(FlushFor::Detach, out);
         }
     }
 

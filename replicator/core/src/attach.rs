@@ -2,7 +2,7 @@
 
 use crate::activity_log::ActivityLog;
 use crate::api::*;
-use crate::bitmap::{DirtyBitmap, SUMMARY_DAMAGED, SUMMARY_CLEAN, SUMMARY_PARTIAL};
+use crate::bitmap::{DirtyBitmap, SUMMARY_CLEAN, SUMMARY_DAMAGED, SUMMARY_PARTIAL};
 use crate::op::*;
 use crate::overlap::OverlapIndex;
 use crate::peer::*;
@@ -322,7 +322,6 @@ impl Core {
                 superblock: sb,
                 // What an earlier process wrote may still be in the disk's cache.
                 unflushed: true,
-                discard_zeroes: v.discard_zeroes,
             });
         }
         let Some(mut sb) = lead else {

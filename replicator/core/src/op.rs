@@ -1,6 +1,6 @@
 //! Operations in flight and the window of writes that are not yet stable.
 
-use crate::api::{AdminId, BufId, RequestId, Status};
+use crate::api::{BufId, RequestId};
 use holdfast_wire_format::ids::*;
 use std::collections::VecDeque;
 
@@ -108,14 +108,11 @@ pub(crate) enum Op {
     Client(ClientOp),
     Lock {
         request: RequestId,
-        volume: VolumeIndex,
         granted: bool,
     },
     Apply(ApplyOp),
     /// One local flush of one volume, part of flush round `round`.
-    LocalFlush {
-        round: u64,
-    },
+    LocalFlush,
     /// Source side of a resync: reading a chunk.
     ResyncRead {
         peer: Slot,
@@ -128,10 +125,7 @@ pub(crate) enum Op {
         session: u64,
         sequence: u64,
     },
-    Superblock {
-        sequence: u64,
-        volume: VolumeIndex,
-    },
+    Superblock,
     ActivityLog {
         sequence: u64,
     },
@@ -260,18 +254,4 @@ impl Window {
     pub fn is_empty(&self) -> bool {
         self.entries.is_empty()
     }
-}
-
-/// A client request of several pieces.
-#[derive(Clone, Copy, Debug)]
-pub(crate) struct Pieces {
-    pub request: RequestId,
-    pub left: u32,
-    pub status: Status,
-}
-
-/// An administrator's request that takes time.
-#[derive(Clone, Debug)]
-pub(crate) struct Pending {
-    pub admin: AdminId,
 }

@@ -109,7 +109,6 @@ pub(crate) struct TargetState {
     pub received_sequence: u64,
     pub begun_sequence: u64,
     pub received_bytes: u64,
-    pub total_bytes: u64,
     pub acks: Vec<(u64, u64)>,
     pub started: Time,
     /// Where the source was when it said ResyncDone, and where its generation begins.

@@ -172,7 +172,8 @@ impl Core {
         let greeting = matches!(self.peers[at].relation, Relation::Greeting { .. });
         if !greeting
             && header.kind != FrameKind::Goodbye
-            && header.incarnation != self.peers[at].their_incarnation {
+            && header.incarnation != self.peers[at].their_incarnation
+        {
             self.bad_frame(at, "its incarnation is not the one that said hello", out);
             return None;
         }
@@ -226,7 +227,7 @@ impl Core {
         self.volumes.get(header.volume.0 as usize).is_some_and(|v| {
             let sector = u64::from(v.sector_size);
             header.length > 0
-                && header.offset % sector == 0
+                && header.offset.is_multiple_of(sector)
                 && u64::from(header.length) % sector == 0
                 && header
                     .offset
@@ -403,7 +404,8 @@ impl Core {
                 }
                 Received::ResyncDone { position } => {
                     // An async copy is whole only at a point that every member of S has durably.
-                    let ahead = peer.their_mode == Mode::Async && peer.is_primary && position > stable;
+                    let ahead =
+                        peer.their_mode == Mode::Async && peer.is_primary && position > stable;
                     if !peer.inbox.begun.is_empty() || ahead {
                         break;
                     }
@@ -677,7 +679,10 @@ impl Core {
         if self.peers[at].on(session) {
             // Acknowledgements of the writes before it go first: the stream keeps them in order.
             self.send_acks(at, out);
-            let body = Body::FlushAck { position, resync_sequence };
+            let body = Body::FlushAck {
+                position,
+                resync_sequence,
+            };
             self.send_body(at, FrameKind::FlushAck, body, out);
         }
         self.start_peer_flushes(at, out);

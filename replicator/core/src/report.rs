@@ -116,11 +116,7 @@ impl Core {
             _ => return None,
         };
         let elapsed = now.ms_since(started);
-        let rate = if elapsed > 0 {
-            done.saturating_mul(1000) / elapsed
-        } else {
-            0
-        };
+        let rate = done.saturating_mul(1000).checked_div(elapsed).unwrap_or(0);
         Some(ResyncStatus {
             is_source,
             total_bytes: if is_source {

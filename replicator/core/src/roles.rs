@@ -528,7 +528,11 @@ impl Core {
             // It forked at another place than where we stand: one of us holds what the other lacks.
             self.sb.epoch_gate = header.epoch;
             self.commit(Then::Nothing, out);
-            return self.meet_again(at, "the new generation forks at another position than ours", out);
+            return self.meet_again(
+                at,
+                "the new generation forks at another position than ours",
+                out,
+            );
         }
         self.sb.epoch_gate = header.epoch;
         for (other, peer) in self.peers.iter_mut().enumerate() {

@@ -117,7 +117,6 @@ pub(crate) struct Volume {
     pub superblock: Superblock,
     /// Written since the last local flush began.
     pub unflushed: bool,
-    pub discard_zeroes: bool,
     /// Its disk id is not the one the lead superblock knows: nothing on it counts.
     pub blank: bool,
 }
@@ -276,7 +275,7 @@ impl Core {
             Some(Op::Read { .. }) => self.read_done(key, result, out),
             Some(Op::Client(_)) => self.client_disk_done(key, result, out),
             Some(Op::Apply(_)) => self.apply_disk_done(key, result, out),
-            Some(Op::LocalFlush { .. }) => self.local_flush_done(key, result, out),
+            Some(Op::LocalFlush) => self.local_flush_done(key, result, out),
             Some(Op::ResyncRead { .. }) => self.resync_read_done(key, result, out),
             Some(Op::VerifyRead { .. }) => self.verify_read_done(key, result, out),
             Some(Op::Undo { .. }) => self.undo_done(key, result, out),
@@ -290,7 +289,7 @@ impl Core {
     fn meta_done(&mut self, op: OpId, result: Result<(), DiskError>, out: &mut Actions) {
         let key = op.0 as usize;
         match self.ops.get(key) {
-            Some(Op::Superblock { .. }) => {
+            Some(Op::Superblock) => {
                 self.ops.remove(key);
                 self.superblock_done(result, out);
             }
@@ -332,11 +331,12 @@ impl Core {
             }
         };
         // D16: the two slots in turn; a torn write leaves the other.
-        let offset = if self.sb.sequence % 2 == 0 { 0 } else { 4096 };
-        let op = self.ops.insert(Op::Superblock {
-            sequence: self.sb.sequence,
-            volume: VolumeIndex(0),
-        });
+        let offset = if self.sb.sequence.is_multiple_of(2) {
+            0
+        } else {
+            4096
+        };
+        let op = self.ops.insert(Op::Superblock);
         self.commit.in_flight = Some(std::mem::take(&mut self.commit.waiting));
         self.counters.superblock_writes += 1;
         out.push(Action::MetaWrite {
@@ -582,7 +582,11 @@ impl Core {
             if let Relation::Waiting { since } = peer.relation
                 && self.now.ms_since(since) > self.tuning.peer_timeout_ms
             {
-                self.meet_again(at, "what neither copy could decide may be clear by now", out);
+                self.meet_again(
+                    at,
+                    "what neither copy could decide may be clear by now",
+                    out,
+                );
                 continue;
             }
             if self.now.ms_since(peer.last_sent) >= self.tuning.heartbeat_ms {

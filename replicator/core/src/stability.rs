@@ -32,11 +32,10 @@ impl Core {
         self.flush.running = std::mem::take(&mut self.flush.waiting);
         // A flush covers what the disk had answered when it began, nothing later.
         self.flush.covers = self.held_position();
-        let round = self.flush.round;
         for at in 0..self.volumes.len() {
             if std::mem::take(&mut self.volumes[at].unflushed) {
                 self.flush.left += 1;
-                let op = OpId(self.ops.insert(Op::LocalFlush { round }) as u64);
+                let op = OpId(self.ops.insert(Op::LocalFlush) as u64);
                 out.push(Action::DiskFlush {
                     op,
                     volume: VolumeIndex(at as u16),

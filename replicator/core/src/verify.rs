@@ -240,7 +240,7 @@ impl Core {
         let in_volume = self.volumes.get(header.volume.0 as usize).is_some_and(|v| {
             header.length > 0
                 && u64::from(header.length) <= VERIFY_CHUNK
-                && header.offset % 512 == 0
+                && header.offset.is_multiple_of(512)
                 && header
                     .offset
                     .checked_add(u64::from(header.length))

@@ -215,7 +215,6 @@ impl Core {
             } => {
                 let key = self.ops.insert(Op::Lock {
                     request,
-                    volume,
                     granted: false,
                 });
                 self.locks.insert(request, key);

@@ -3,7 +3,6 @@
 mod world;
 
 use holdfast_replicator_core::api::*;
-use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 use world::*;
 
@@ -320,8 +319,8 @@ fn verify_finds_what_differs_and_only_that() {
         all_ok(&mut w, 0, &requests);
         w.command(0, Command::Verify { volume: None })
             .unwrap_or_else(|e| panic!("{e}"));
-        w.nodes[1].disk.data[0][1_000_00] ^= 1;
-        w.nodes[1].disk.durable[0][1_000_00] ^= 1;
+        w.nodes[1].disk.data[0][100_000] ^= 1;
+        w.nodes[1].disk.durable[0][100_000] ^= 1;
         w.command(0, Command::Verify { volume: None }).unwrap_err();
         w.command(0, Command::Disconnect { peer: None })
             .unwrap_or_else(|e| panic!("{e}"));

@@ -203,7 +203,12 @@ impl<'a> Meeting<'a> {
             // `zeroed` ends with the first promotion a copy hears of: a copy that is not blank any more because it
             // met a third one still reads zero everywhere.
             let created = current(self.a);
-            let replaced = self.a.volumes.iter().chain(&self.b.volumes).any(|v| v.blank);
+            let replaced = self
+                .a
+                .volumes
+                .iter()
+                .chain(&self.b.volumes)
+                .any(|v| v.blank);
             if self.a.flags.zeroed
                 && self.b.flags.zeroed
                 && created == current(self.b)

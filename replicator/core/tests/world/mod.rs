@@ -129,7 +129,7 @@ impl World {
                 node: node_id(n),
                 mode: Mode::Sync,
                 on_peer_loss: policy,
-                seed: seed ^ (n as u64 + 1) * 77,
+                seed: seed ^ ((n as u64 + 1) * 77),
                 in_sync,
                 peers: world.peer_parameters(n),
                 volumes: volumes
