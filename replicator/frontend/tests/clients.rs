@@ -309,6 +309,7 @@ fn fio_verifies_what_it_wrote() {
             "--verify=crc32c",
             "--verify_fatal=1",
             "--do_verify=1",
+            "--verify_state_save=0", // It would be a file in the working directory.
             "--randseed=11",
             &uri,
         ];
