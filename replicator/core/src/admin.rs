@@ -65,6 +65,7 @@ impl Core {
                     self.pump_source(at, out);
                     self.pump_verify(at, out);
                 }
+                self.undo_resume(out);
                 out.push(done("resync and verify go on"));
             }
             Command::Verify { volume } => self.start_verify(admin, volume, out),
@@ -127,10 +128,9 @@ impl Core {
         }
         self.sb.state = CopyState::Blank;
         self.sb.flags.zeroed = false;
-        self.sb.flags.undo_lost = true;
         self.sb.target_of = GenerationId(0);
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
-        self.undo_drop(out);
+        self.undo_give_up(out);
         self.commit(
             Then::Admin {
                 admin,
@@ -416,6 +416,8 @@ impl Core {
 
     /// A bitmap page became durable: more to save, or the end of a detach.
     pub(crate) fn pages_saved(&mut self, out: &mut Actions) {
+        self.undo_prepare_progress(out);
+        self.rollback_progress(out);
         if self.detaching.is_none()
             || !self.detach_flushed_once
             || self.detach_recording

@@ -138,6 +138,13 @@ pub enum Event {
         op: OpId,
         zero: bool,
     },
+    /// Answer to `Crc`.
+    CrcDone {
+        op: OpId,
+        crc: u32,
+        /// All of the bytes are zero.
+        zero: bool,
+    },
 
     // --- the link ---
     LinkUp {
@@ -334,6 +341,12 @@ pub enum Action {
     },
     /// Whether the first `length` bytes are all zero.
     IsZero {
+        op: OpId,
+        buf: BufId,
+        length: u32,
+    },
+    /// CRC-32 of the first `length` bytes, and whether they are all zero.
+    Crc {
         op: OpId,
         buf: BufId,
         length: u32,

@@ -8,6 +8,7 @@ use crate::overlap::OverlapIndex;
 use crate::peer::*;
 use crate::service::*;
 use crate::status::Counters;
+use crate::undoing::Undoing;
 use holdfast_wire_format::bitmap_page;
 use holdfast_wire_format::frame::Facts;
 use holdfast_wire_format::ids::*;
@@ -386,6 +387,15 @@ impl Core {
                 }
             }
         }
+        let (undo, undo_found) = Undoing::recover(&sb, &volumes, |offset| {
+            let mut bytes = [0; 4096];
+            let offset = volumes[0].layout.undo_offset + offset;
+            meta.read(VolumeIndex(0), offset, &mut bytes)
+                .map(|()| bytes)
+                .map_err(|error| AttachError::Read { volume: 0, error })
+        })?;
+        // A superblock that speaks of an undo which is not there.
+        sb.flags.undo_lost |= !undo_found;
         let was_primary_before = unclean && sb.flags.was_primary;
         sb.attach_counter += 1;
         sb.incarnation = params.incarnation;
@@ -436,7 +446,7 @@ impl Core {
             locks: BTreeMap::new(),
             counters: Counters::default(),
             parked: false,
-            undo: crate::undoing::Undoing::default(),
+            undo,
         };
         if core.sb.in_sync_pending != core.sb.in_sync {
             // D18: an outcome was unknown when the process ended; what is on the disk is what was committed.
@@ -462,6 +472,7 @@ impl Core {
             self.generation()
         );
         self.notice(Level::Info, "attached", None, text, out);
+        self.undo_attached(out);
         for peer in &self.peers {
             if peer.wanted {
                 out.push(Action::Connect { peer: peer.slot });

@@ -22,6 +22,7 @@ mod service;
 mod stability;
 pub mod status;
 pub mod undo;
+mod undo_rollback;
 mod undoing;
 mod verify;
 mod write_path;

@@ -7,6 +7,7 @@ use crate::handshake::{self, CopyPlan, Decision, How, Outcome};
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
+use crate::undoing::TargetPlan;
 use holdfast_wire_format::frame::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
@@ -465,19 +466,27 @@ impl Core {
         if self.is_primary_like() {
             self.stop_being_primary(out);
         }
-        let slot = self.peers[at].slot;
-        let source_generation = theirs.generations.last().map_or(GenerationId(0), |g| g.id);
-        let fresh = self.sb.target_of == GenerationId(0);
-        if fresh {
-            // Where rollback returns to: what this copy was before the first block of this resync (D12).
-            let position = self.held_position().saturating_sub(self.sb.generation_base);
-            self.sb.before_resync = (self.generation(), position);
+        self.peers[at].relation = Relation::TargetPreparing;
+        self.peers[at].full_copy = matches!(how, How::Full | How::FullByChecksum);
+        if how == How::BitsAndUndo {
+            self.undo_blocks_become_bits(at);
         }
-        let initial = matches!(self.sb.state, CopyState::Blank)
-            || matches!(how, How::Full | How::FullByChecksum);
+        let plan = TargetPlan {
+            peer: at,
+            session,
+            how,
+            goal: theirs.generations.last().map_or(GenerationId(0), |g| g.id),
+            fresh: self.sb.target_of == GenerationId(0),
+        };
+        self.undo_prepare(plan, out);
+    }
+
+    /// The way back is durable, as far as there is one (D12): this copy becomes a target.
+    pub(crate) fn record_target(&mut self, plan: &TargetPlan, out: &mut Actions) {
+        let at = plan.peer;
         self.sb.state = CopyState::Inconsistent;
-        self.sb.target_of = source_generation;
-        self.sb.target_source = slot.0;
+        self.sb.target_of = plan.goal;
+        self.sb.target_source = self.peers[at].slot.0;
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
         self.sb.flags.solo = false;
         // What was unclean is settled by being a target.
@@ -485,13 +494,8 @@ impl Core {
         self.was_primary_before = false;
         self.sb.flags.was_primary = false;
         self.remember_identity(at);
-        self.peers[at].relation = Relation::TargetPreparing;
-        self.peers[at].full_copy = matches!(how, How::Full | How::FullByChecksum);
-        if how == How::BitsAndUndo {
-            self.undo_blocks_become_bits(at);
-        }
-        self.undo_begin(fresh, initial, out);
         // Recorded before Ready is sent: no data of the source arrives unrecorded.
+        let session = plan.session;
         self.commit(Then::TargetRecorded { peer: at, session }, out);
     }
 
@@ -500,9 +504,6 @@ impl Core {
             || !matches!(self.peers[at].relation, Relation::TargetPreparing)
         {
             return;
-        }
-        if !self.undo_ready() {
-            return self.undo_call_when_ready(at, session);
         }
         let now = self.now;
         let slot = self.peers[at].slot;

@@ -2,6 +2,7 @@
 
 use crate::api::{BufId, RequestId};
 use holdfast_wire_format::ids::*;
+use holdfast_wire_format::undo_record::UndoEntry;
 use std::collections::VecDeque;
 
 /// What one peer has to do with one write.
@@ -147,20 +148,34 @@ pub(crate) enum Op {
 /// What a step of saving or restoring old blocks is for.
 #[derive(Clone, Debug)]
 pub(crate) enum UndoStep {
+    /// The head is being written.
     Head,
+    /// The head is being erased.
+    Drop,
+    /// What stands behind the last record is being erased.
+    Sweep,
+    /// Reading what a write is about to overwrite.
     ReadOld {
-        apply: usize,
-        buf: BufId,
-    },
-    WriteRecord {
-        batch: u64,
-    },
-    Rollback {
         volume: VolumeIndex,
         offset: u64,
         length: u32,
         buf: BufId,
-        write: bool,
+    },
+    /// Writing one entry of a record.
+    Data {
+        sequence: u64,
+        buf: BufId,
+    },
+    Header {
+        sequence: u64,
+    },
+    RestoreRead {
+        entry: UndoEntry,
+        buf: BufId,
+    },
+    RestoreWrite {
+        volume: VolumeIndex,
+        buf: Option<BufId>,
     },
 }
 

@@ -342,6 +342,7 @@ impl Core {
         self.sb.generation_base = self.peers[at].target.generation_base.unwrap_or(0);
         self.sb.target_of = GenerationId(0);
         self.sb.flags.rolled_back = false;
+        self.sb.flags.undo_lost = false;
         self.sb.flags.zeroed = false;
         self.sb.generations = self.peers[at].their_generations.clone();
         self.sb.generations_cut = self.peers[at].their_generations_cut;
@@ -360,15 +361,18 @@ impl Core {
         for bitmap in &mut self.peers[at].bitmaps {
             bitmap.clear_all();
         }
+        // Nothing leads back from Complete: what comes now is not saved any more.
+        if self.peers[at].their_mode == Mode::Async {
+            // An async copy is never in S: its undo ends here.
+            self.undo_drop(out);
+        } else {
+            self.undo_over(out);
+        }
         if !self.peers[at].on(session) {
             return;
         }
         self.peers[at].relation = Relation::Established;
         self.peers[at].flushed = self.issued;
-        if self.peers[at].their_mode == Mode::Async {
-            // An async copy is never in S: its undo ends here.
-            self.undo_drop(out);
-        }
         let slot = self.peers[at].slot;
         self.notice(
             Level::Info,

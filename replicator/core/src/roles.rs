@@ -261,6 +261,7 @@ impl Core {
         self.sb.epoch_gate = epoch;
         self.sb.flags.was_primary = true;
         self.sb.flags.zeroed = false;
+        self.sb.flags.rolled_back = false;
         self.sb.state = CopyState::UpToDate;
         self.sb.target_of = GenerationId(0);
         let cause = if force {

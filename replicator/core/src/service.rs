@@ -57,6 +57,8 @@ pub(crate) enum Then {
         text: String,
     },
     RolledBack,
+    /// `undo_lost` is durable, or the copy it belonged to is given up.
+    UndoOver,
 }
 
 /// Writes of the lead superblock: one in flight, the rest accumulates.
@@ -84,6 +86,13 @@ pub(crate) enum FlushFor {
         session: SessionId,
     },
     Detach,
+    /// This copy is about to become a target: the point its undo leads back to.
+    Target {
+        peer: usize,
+        session: SessionId,
+    },
+    /// Old blocks were restored.
+    Rollback,
     /// A generation is about to be made.
     Promotion,
     DropPeer,
@@ -216,6 +225,7 @@ impl Core {
             Event::MetaDone { op, result } => self.meta_done(op, result, out),
             Event::HashDone { op, digest } => self.hash_done(op, digest, out),
             Event::ZeroCheck { op, zero } => self.zero_checked(op, zero, out),
+            Event::CrcDone { op, crc, zero } => self.undo_crc_done(op, crc, zero, out),
             Event::LinkUp {
                 peer,
                 session,
@@ -390,6 +400,7 @@ impl Core {
                 result: Ok(text),
             }),
             Then::RolledBack => self.rolled_back(out),
+            Then::UndoOver => self.undo_drop(out),
         }
     }
 
@@ -599,5 +610,6 @@ impl Core {
         self.detach_progress(out);
         self.try_promotion(out);
         self.greet_waiting(out);
+        self.undo_prepare_progress(out);
     }
 }

@@ -89,6 +89,8 @@ impl Core {
                 FlushFor::DropPeer => self.drop_missing(out),
                 FlushFor::DropTarget { peer, session } => self.drop_target(peer, session, out),
                 FlushFor::Detach => self.detach_flushed(out),
+                FlushFor::Target { peer, session } => self.target_flushed(peer, session, out),
+                FlushFor::Rollback => self.rollback_flushed(out),
             }
         }
         self.trim_window(out);

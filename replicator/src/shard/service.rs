@@ -365,6 +365,12 @@ impl Service {
                 self.events.push_back(Event::ZeroCheck { op, zero });
                 Ok(())
             }
+            Action::Crc { op, buf, length } => {
+                let bytes = &self.entry(buf, length)?.bytes()[..length as usize];
+                let event = Event::CrcDone { op, crc: crc32fast::hash(bytes), zero: is_zero(bytes) };
+                self.events.push_back(event);
+                Ok(())
+            }
             Action::Send { peer, session, mut header, payload } => {
                 let at = self.peer(peer)?;
                 if header.kind == FrameKind::Write {

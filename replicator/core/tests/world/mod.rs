@@ -342,6 +342,12 @@ impl World {
                         .all(|b| *b == 0);
                     self.event(n, Event::ZeroCheck { op, zero });
                 }
+                Action::Crc { op, buf, length } => {
+                    let bytes = &self.nodes[n].bufs[&buf.0][..length as usize];
+                    let zero = bytes.iter().all(|b| *b == 0);
+                    let crc = crc32fast::hash(bytes);
+                    self.event(n, Event::CrcDone { op, crc, zero });
+                }
                 Action::DiskRead { .. }
                 | Action::DiskZero { .. }
                 | Action::DiskFlush { .. }
