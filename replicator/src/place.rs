@@ -185,6 +185,12 @@ pub fn open(
                 path,
                 &OpenOptions {
                     sector_size: None,
+                    // A backing of its own has a switchboard of its own.
+                    #[cfg(feature = "fault-injection")]
+                    fault_control: options
+                        .fault_control
+                        .as_ref()
+                        .map(|socket| socket.with_extension("metadata.sock")),
                     ..options
                 },
             )?;

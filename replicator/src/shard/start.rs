@@ -279,6 +279,22 @@ impl MetaSource for Areas<'_> {
     }
 }
 
+#[cfg(not(feature = "fault-injection"))]
+fn open_options(_service: &str, _volume: &str) -> OpenOptions {
+    OpenOptions::default()
+}
+
+/// Where `HOLDFAST_FAULT_DIR` names a directory, every backing is put under the fault layer, with its switchboard in there.
+#[cfg(feature = "fault-injection")]
+fn open_options(service: &str, volume: &str) -> OpenOptions {
+    let socket =
+        |directory| std::path::PathBuf::from(directory).join(format!("{service}-{volume}.sock"));
+    OpenOptions {
+        fault_control: std::env::var_os("HOLDFAST_FAULT_DIR").map(socket),
+        ..OpenOptions::default()
+    }
+}
+
 #[allow(clippy::too_many_arguments)]
 fn attach(
     shard: &Rc<Shard>,
@@ -296,11 +312,10 @@ fn attach(
     let mut opened = Vec::with_capacity(service.volumes.len());
     for volume in &service.volumes {
         let hint = hints.size(&service.name, &volume.name);
-        let place = place::open(volume, &OpenOptions::default(), hint).map_err(|source| {
-            StartError::Place {
-                service: service.name.clone(),
-                source,
-            }
+        let options = open_options(&service.name, &volume.name);
+        let place = place::open(volume, &options, hint).map_err(|source| StartError::Place {
+            service: service.name.clone(),
+            source,
         })?;
         // With a grown device the old size is what finds the locator, until the volume was grown.
         if place::Locator::read(&place.data, place.data.size()).is_ok_and(|found| found.is_some()) {

@@ -1,1 +1,21 @@
-//! End-to-end tests on real processes.
+//! End-to-end tests on real processes: nodes as a user would set them up ([`cluster`]), an application of the tests' own
+//! that knows what a volume may hold after a crash ([`history`], [`load`]), and disks that lose power ([`faults`]).
+//!
+//! Everything here panics when something is not as it should be: it is for tests. `docs/testing.md` says which test proves
+//! what, and how to run one alone.
+
+pub mod cluster;
+pub mod faults;
+pub mod history;
+pub mod load;
+pub mod loop_device;
+pub mod nbd;
+pub mod process;
+pub mod programs;
+pub mod random;
+
+pub use cluster::{Backing, Cluster, Node, Settings};
+pub use history::{History, Loss};
+pub use load::{Load, Mix};
+pub use nbd::Nbd;
+pub use random::Random;
