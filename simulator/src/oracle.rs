@@ -103,6 +103,16 @@ impl Oracle {
         self.tenures.iter().rposition(|t| t.node == node)
     }
 
+    /// The node whose writes count now.
+    #[must_use]
+    pub fn current_node(&self) -> Option<usize> {
+        self.tenures
+            .iter()
+            .rev()
+            .find(|t| t.official)
+            .map(|t| t.node)
+    }
+
     fn current(&self, tenure: usize) -> bool {
         self.tenures
             .iter()
@@ -147,6 +157,7 @@ impl Oracle {
                 self.all[volume].entry(sector).or_default().push(id);
                 // Sent to a primary that was replaced meanwhile: it may land nowhere or, late, be refused.
                 if self.current(tenure) {
+                    self.prune(volume, sector);
                     self.history[volume].entry(sector).or_default().push(entry);
                 }
             }
@@ -174,7 +185,9 @@ impl Oracle {
         write.set = set;
         let write = write.clone();
         let Some(tenure) = self.tenures.get(write.tenure) else {
-            return Err(format!("write {id} completed at a copy that was never primary"));
+            return Err(format!(
+                "write {id} completed at a copy that was never primary"
+            ));
         };
         if !tenure.official {
             return Ok(());
@@ -189,9 +202,9 @@ impl Oracle {
             let value = next.snapshot[write.volume][sector as usize];
             let covered = value == write.value
                 || self.all[write.volume].get(&sector).is_some_and(|ids| {
-                    ids.iter().map(|i| &self.writes[*i as usize]).any(|w| {
-                        w.value == value && !w.ended.is_some_and(|e| e < write.invoked)
-                    })
+                    ids.iter()
+                        .map(|i| &self.writes[*i as usize])
+                        .any(|w| w.value == value && !w.ended.is_some_and(|e| e < write.invoked))
                 });
             if !covered {
                 return Err(format!(
@@ -262,8 +275,36 @@ impl Oracle {
         }
     }
 
+    /// Forgets what can never be read again: it ended before a write was asked for that is safe for good.
+    fn prune(&mut self, volume: usize, sector: u64) {
+        let Some(entries) = self.history[volume].get(&sector) else {
+            return;
+        };
+        if entries.len() < 8 {
+            return;
+        }
+        let safe: Vec<usize> = (0..entries.len())
+            .filter(|y| {
+                let entry = &entries[*y];
+                self.acknowledged(entry)
+                    .is_some_and(|a| a < self.last_flush || self.writes[entry.write as usize].fua)
+            })
+            .collect();
+        let kept: Vec<Entry> = (0..entries.len())
+            .filter(|x| !safe.iter().any(|y| x != y && self.before(entries, *x, *y)))
+            .map(|x| entries[x])
+            .collect();
+        self.history[volume].insert(sector, kept);
+    }
+
     /// The newest entry that explains `value` on `node`: `Some(None)` is the base.
-    fn explain(&self, volume: usize, sector: u64, value: u64, node: usize) -> Option<Option<usize>> {
+    fn explain(
+        &self,
+        volume: usize,
+        sector: u64,
+        value: u64,
+        node: usize,
+    ) -> Option<Option<usize>> {
         let empty = Vec::new();
         let entries = self.history[volume].get(&sector).unwrap_or(&empty);
         for x in (0..entries.len()).rev() {
@@ -365,12 +406,17 @@ impl Oracle {
             for sector in sectors {
                 let value = view[volume][sector as usize];
                 let found = self.explain(volume, sector, value, node).flatten();
-                let entries = self.history[volume].get(&sector).cloned().unwrap_or_default();
+                let entries = self.history[volume]
+                    .get(&sector)
+                    .cloned()
+                    .unwrap_or_default();
                 let mut kept: Vec<Entry> = Vec::new();
                 for (at, entry) in entries.iter().enumerate() {
                     let keep = found.is_some_and(|x| at == x || self.before(&entries, at, x));
-                    if keep && (Some(at) == found || entry.settled.is_some()
-                        || self.acknowledged(entry).is_some())
+                    if keep
+                        && (Some(at) == found
+                            || entry.settled.is_some()
+                            || self.acknowledged(entry).is_some())
                     {
                         kept.push(*entry);
                     } else if !keep
@@ -387,7 +433,9 @@ impl Oracle {
                     kept.push(entries[x]);
                 }
                 for entry in &mut kept {
-                    let at = self.writes[entry.write as usize].acknowledged.unwrap_or(now);
+                    let at = self.writes[entry.write as usize]
+                        .acknowledged
+                        .unwrap_or(now);
                     entry.settled.get_or_insert(at);
                 }
                 self.history[volume].insert(sector, kept);
@@ -455,7 +503,10 @@ impl Oracle {
                         "D3: node {node} was promoted by force and is no point in time: it holds write {} (asked {}) but in volume {volume} sector {sector} only {value}, although {} completed before (power lost there: {volatile}); {}",
                         newest.1,
                         ms(newest.0),
-                        must.iter().map(|w| w.value.to_string()).collect::<Vec<_>>().join(", "),
+                        must.iter()
+                            .map(|w| w.value.to_string())
+                            .collect::<Vec<_>>()
+                            .join(", "),
                         self.describe(volume, *sector)
                     ));
                 }

@@ -4,6 +4,7 @@ use crate::disk::SECTOR;
 use crate::rng::Rng;
 use holdfast_replicator_core::api::Tuning;
 use holdfast_wire_format::metadata::{Mode, OnPeerLoss};
+use std::collections::BTreeSet;
 
 /// Nanoseconds.
 pub const MS: u64 = 1_000_000;
@@ -12,13 +13,24 @@ pub const MS: u64 = 1_000_000;
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum FaultKind {
     /// SIGKILL; the process is started again after so many ms.
-    Kill { node: usize, down_ms: u64 },
+    Kill {
+        node: usize,
+        down_ms: u64,
+    },
     /// The machine loses power, and with it the cache of its disk.
-    Power { node: usize, down_ms: u64 },
+    Power {
+        node: usize,
+        down_ms: u64,
+    },
     /// All machines lose power at once.
-    Blackout { down_ms: u64 },
+    Blackout {
+        down_ms: u64,
+    },
     /// SIGSTOP, SIGCONT.
-    Freeze { node: usize, ms: u64 },
+    Freeze {
+        node: usize,
+        ms: u64,
+    },
     /// Nothing gets from `from` to `to`; both ways if `both`.
     Cut {
         from: usize,
@@ -27,24 +39,143 @@ pub enum FaultKind {
         ms: u64,
     },
     /// The connection breaks; any end of what is in flight is lost.
-    Break { a: usize, b: usize },
-    SlowDisk { node: usize, ms: u64 },
+    Break {
+        a: usize,
+        b: usize,
+    },
+    /// The line is slow, and everything on it late.
+    SlowLine {
+        a: usize,
+        b: usize,
+        ms: u64,
+    },
+    SlowDisk {
+        node: usize,
+        ms: u64,
+    },
+    /// Requests stay in the disk until it goes on.
+    HangDisk {
+        node: usize,
+        ms: u64,
+    },
+    /// The monotonic clock leaps forward, as after a suspended machine.
+    ClockJump {
+        node: usize,
+        ms: u64,
+    },
     /// The next disk operation fails; the node gets a blank disk later, or only a new process.
-    DiskError { node: usize, replace: bool },
+    DiskError {
+        node: usize,
+        replace: bool,
+    },
     /// The machine comes back with an empty disk.
-    BlankDisk { node: usize, down_ms: u64 },
-    Promote { node: usize },
-    Force { node: usize },
-    Demote { node: usize },
-    Disconnect { node: usize, ms: u64 },
-    PauseResync { node: usize, ms: u64 },
-    SuspendIo { node: usize, ms: u64 },
-    Verify { node: usize },
-    StopVerify { node: usize },
-    Invalidate { node: usize },
+    BlankDisk {
+        node: usize,
+        down_ms: u64,
+    },
+    Promote {
+        node: usize,
+    },
+    Force {
+        node: usize,
+    },
+    Demote {
+        node: usize,
+    },
+    Disconnect {
+        node: usize,
+        ms: u64,
+    },
+    PauseResync {
+        node: usize,
+        ms: u64,
+    },
+    SuspendIo {
+        node: usize,
+        ms: u64,
+    },
+    Verify {
+        node: usize,
+    },
+    StopVerify {
+        node: usize,
+    },
+    Invalidate {
+        node: usize,
+    },
     /// A clean stop and start.
-    Detach { node: usize, down_ms: u64 },
-    SetPolicy { node: usize, suspend: bool },
+    Detach {
+        node: usize,
+        down_ms: u64,
+    },
+    SetPolicy {
+        node: usize,
+        suspend: bool,
+    },
+}
+
+impl FaultKind {
+    /// Whether it concerns only the first `copies` nodes.
+    #[must_use]
+    pub fn within(&self, copies: usize) -> bool {
+        match *self {
+            FaultKind::Blackout { .. } => true,
+            FaultKind::Cut { from, to, .. } => from < copies && to < copies,
+            FaultKind::Break { a, b } | FaultKind::SlowLine { a, b, .. } => {
+                a < copies && b < copies
+            }
+            FaultKind::Kill { node, .. }
+            | FaultKind::Power { node, .. }
+            | FaultKind::Freeze { node, .. }
+            | FaultKind::SlowDisk { node, .. }
+            | FaultKind::HangDisk { node, .. }
+            | FaultKind::ClockJump { node, .. }
+            | FaultKind::DiskError { node, .. }
+            | FaultKind::BlankDisk { node, .. }
+            | FaultKind::Promote { node }
+            | FaultKind::Force { node }
+            | FaultKind::Demote { node }
+            | FaultKind::Disconnect { node, .. }
+            | FaultKind::PauseResync { node, .. }
+            | FaultKind::SuspendIo { node, .. }
+            | FaultKind::Verify { node }
+            | FaultKind::StopVerify { node }
+            | FaultKind::Invalidate { node }
+            | FaultKind::Detach { node, .. }
+            | FaultKind::SetPolicy { node, .. } => node < copies,
+        }
+    }
+
+    /// A word for counts.
+    #[must_use]
+    pub fn name(&self) -> &'static str {
+        match self {
+            FaultKind::Kill { .. } => "kill",
+            FaultKind::Power { .. } => "power cut",
+            FaultKind::Blackout { .. } => "blackout",
+            FaultKind::Freeze { .. } => "freeze",
+            FaultKind::Cut { both: true, .. } => "cut",
+            FaultKind::Cut { .. } => "one-way cut",
+            FaultKind::Break { .. } => "break",
+            FaultKind::SlowLine { .. } => "slow line",
+            FaultKind::SlowDisk { .. } => "slow disk",
+            FaultKind::HangDisk { .. } => "hung disk",
+            FaultKind::ClockJump { .. } => "clock jump",
+            FaultKind::DiskError { .. } => "disk error",
+            FaultKind::BlankDisk { .. } => "blank disk",
+            FaultKind::Promote { .. } => "promote",
+            FaultKind::Force { .. } => "force",
+            FaultKind::Demote { .. } => "demote",
+            FaultKind::Disconnect { .. } => "disconnect",
+            FaultKind::PauseResync { .. } => "pause resync",
+            FaultKind::SuspendIo { .. } => "suspend",
+            FaultKind::Verify { .. } => "verify",
+            FaultKind::StopVerify { .. } => "stop verify",
+            FaultKind::Invalidate { .. } => "invalidate",
+            FaultKind::Detach { .. } => "detach",
+            FaultKind::SetPolicy { .. } => "policy",
+        }
+    }
 }
 
 /// A fault and its time in ns after the start.
@@ -67,8 +198,10 @@ pub struct Plan {
     pub clients: usize,
     /// Requests one client keeps in flight.
     pub depth: usize,
-    /// ns a client waits between requests, at most.
+    /// A client asks `burst` times in a row, `think` ns apart at most, then waits `pause` ns on average.
+    pub burst: u64,
     pub think: u64,
+    pub pause: u64,
     /// Sectors the clients mostly write to.
     pub hot_sectors: u64,
     /// One way, ns.
@@ -77,6 +210,20 @@ pub struct Plan {
     pub duration: u64,
     /// A failover manager that waits so many ms before it promotes.
     pub failover_ms: u64,
+    /// Clocks run up to 5 % fast or slow.
+    pub drift: bool,
+    /// log2 of bytes per bit of the dirty bitmap, and per extent of the activity log.
+    pub grain_shift: u8,
+    pub extent_shift: u8,
+    pub al_blocks: u32,
+    pub undo_size: u64,
+    /// A typical disk operation, ns.
+    pub disk_ns: u64,
+    pub corrupt_per_million: u64,
+    /// How often the costly invariants are looked at.
+    pub look_per_mille: u64,
+    /// Requests left out: (client, number).
+    pub dropped_requests: BTreeSet<(usize, u64)>,
     pub faults: Vec<Fault>,
 }
 
@@ -118,13 +265,27 @@ impl Plan {
             tuning,
             clients: rng.between(1, 5) as usize,
             depth: rng.between(1, 3) as usize,
-            think: [100_000, 2 * MS, 20 * MS, 200 * MS][rng.index(4)],
+            burst: [1, 4, 16, 64][rng.index(4)],
+            think: [20_000, 200_000, MS][rng.index(3)],
+            pause: 0,
             hot_sectors: [16, 128, 1024][rng.index(3)],
             latency: [50_000, 300_000, 3 * MS, 30 * MS][rng.index(4)],
             duration,
             failover_ms: [50, 500, 1500, 5000][rng.index(4)],
+            drift: rng.chance(500),
+            grain_shift: rng.between(12, 16) as u8,
+            extent_shift: rng.between(13, 20) as u8,
+            al_blocks: rng.between(8, 10) as u32,
+            undo_size: [0, 64 << 10, 1 << 20, 8 << 20][rng.index(4)],
+            disk_ns: [20_000, 100_000, 400_000, 3 * MS][rng.index(4)],
+            corrupt_per_million: if rng.chance(200) { 300 } else { 0 },
+            look_per_mille: 20,
+            dropped_requests: BTreeSet::new(),
             faults: Vec::new(),
         };
+        let requests = rng.between(400, 1600);
+        plan.pause = plan.duration * plan.clients as u64 * plan.burst / requests;
+        plan.extent_shift = plan.extent_shift.max(plan.grain_shift);
         let mut at = rng.between(100, 1500) * MS;
         // Quiet runs and stormy ones; each has its own taste for some kinds.
         let pause = [150, 500, 1500, 4000][rng.index(4)];
@@ -140,9 +301,13 @@ impl Plan {
     fn fault(&self, rng: &mut Rng, taste: u64) -> FaultKind {
         let node = rng.index(self.copies);
         let other = (node + 1 + rng.index(self.copies - 1)) % self.copies;
-        let short = [rng.between(1, 100), rng.between(100, 2000), rng.between(2000, 8000)];
+        let short = [
+            rng.between(1, 100),
+            rng.between(100, 2000),
+            rng.between(2000, 8000),
+        ];
         let ms = short[rng.index(3)];
-        let weights: [(u64, FaultKind); 20] = [
+        let weights: [(u64, FaultKind); 23] = [
             (12, FaultKind::Kill { node, down_ms: ms }),
             (12, FaultKind::Power { node, down_ms: ms }),
             (3, FaultKind::Blackout { down_ms: ms }),
@@ -157,7 +322,17 @@ impl Plan {
                 },
             ),
             (12, FaultKind::Break { a: node, b: other }),
+            (
+                3,
+                FaultKind::SlowLine {
+                    a: node,
+                    b: other,
+                    ms,
+                },
+            ),
             (4, FaultKind::SlowDisk { node, ms }),
+            (3, FaultKind::HangDisk { node, ms }),
+            (2, FaultKind::ClockJump { node, ms }),
             (
                 1,
                 FaultKind::DiskError {

@@ -14,6 +14,8 @@ mod meeting;
 mod op;
 pub mod overlap;
 mod peer;
+#[doc(hidden)]
+pub mod probe;
 mod receive;
 mod report;
 mod resync;

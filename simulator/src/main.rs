@@ -1,0 +1,211 @@
+//! `cargo run --release -p simulator -- --seeds N [--first-seed S] [--json]`, or `--seed S` to look at one.
+
+use simulator::{Coverage, Plan, Trace, run, shrink};
+use std::process::ExitCode;
+use std::sync::Mutex;
+use std::sync::atomic::{AtomicU64, Ordering};
+use std::time::{Duration, Instant};
+
+const USAGE: &str =
+    "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--without KIND,KIND]
+       simulator --seed S [--no-shrink] [--everything] [--without KIND,KIND]
+
+Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 if a seed fails.
+--seed S      replays one seed, makes its schedule smaller and prints the timeline
+--copies N    only seeds with so many copies
+--without     leaves faults of these kinds out (names as in the report, spaces as '-')";
+
+struct Arguments {
+    seeds: u64,
+    first: u64,
+    one: Option<u64>,
+    json: bool,
+    shrink: bool,
+    everything: bool,
+    threads: usize,
+    without: Vec<String>,
+    copies: Option<u64>,
+}
+
+fn arguments() -> Result<Arguments, String> {
+    let mut a = Arguments {
+        seeds: 1000,
+        first: 1,
+        one: None,
+        json: false,
+        shrink: true,
+        everything: false,
+        threads: std::thread::available_parallelism()
+            .map_or(2, |n| n.get())
+            .min(2),
+        without: Vec::new(),
+        copies: None,
+    };
+    let mut words = std::env::args().skip(1);
+    while let Some(word) = words.next() {
+        let mut number = || {
+            words
+                .next()
+                .and_then(|w| w.parse::<u64>().ok())
+                .ok_or_else(|| format!("{word} needs a number"))
+        };
+        match word.as_str() {
+            "--seeds" => a.seeds = number()?,
+            "--first-seed" => a.first = number()?,
+            "--seed" => a.one = Some(number()?),
+            "--threads" => a.threads = number()?.clamp(1, 64) as usize,
+            "--copies" => a.copies = Some(number()?),
+            "--json" => a.json = true,
+            "--no-shrink" => a.shrink = false,
+            "--everything" => a.everything = true,
+            "--without" => {
+                let list = words.next().ok_or("--without needs a list")?;
+                a.without
+                    .extend(list.split(',').map(|k| k.replace('-', " ")));
+            }
+            other => return Err(format!("unknown argument {other}")),
+        }
+    }
+    Ok(a)
+}
+
+fn plan_of(seed: u64, without: &[String]) -> Plan {
+    let mut plan = Plan::of(seed);
+    plan.faults
+        .retain(|f| !without.iter().any(|w| w == f.kind.name()));
+    plan
+}
+
+fn main() -> ExitCode {
+    let arguments = match arguments() {
+        Ok(a) => a,
+        Err(text) => {
+            eprintln!("{text}\n{USAGE}");
+            return ExitCode::from(2);
+        }
+    };
+    match arguments.one {
+        Some(seed) => one(seed, &arguments),
+        None => many(&arguments),
+    }
+}
+
+fn one(seed: u64, arguments: &Arguments) -> ExitCode {
+    let mut plan = plan_of(seed, &arguments.without);
+    if arguments.shrink && run(&plan, Trace::Off).failure.is_some() {
+        plan = shrink(&plan, Duration::from_secs(60));
+    }
+    let trace = if arguments.everything {
+        Trace::Everything
+    } else {
+        Trace::Timeline
+    };
+    let outcome = run(&plan, trace);
+    println!(
+        "seed {seed}: {} copies {:?}, {:?}, volumes {:?} sectors, grain 2^{}, extents 2^{}, clients {} × {}, latency {} µs, disk {} µs",
+        plan.copies,
+        plan.modes,
+        plan.policy,
+        plan.volumes,
+        plan.grain_shift,
+        plan.extent_shift,
+        plan.clients,
+        plan.depth,
+        plan.latency / 1000,
+        plan.disk_ns / 1000
+    );
+    print!("{}", outcome.trace);
+    match outcome.failure {
+        Some(what) => {
+            println!("seed {seed} FAILS: {what}");
+            ExitCode::FAILURE
+        }
+        None => {
+            print!("{}", outcome.coverage.report());
+            println!("seed {seed}: nothing wrong");
+            ExitCode::SUCCESS
+        }
+    }
+}
+
+/// Seeds that ever failed, one a line; text after the number says what was wrong.
+const KNOWN: &str = include_str!("../seeds.txt");
+
+fn many(arguments: &Arguments) -> ExitCode {
+    let known: Vec<u64> = KNOWN
+        .lines()
+        .filter_map(|l| l.split_whitespace().next()?.parse().ok())
+        .collect();
+    let total = known.len() as u64 + arguments.seeds;
+    let seed_at = |i: u64| {
+        known
+            .get(i as usize)
+            .copied()
+            .unwrap_or_else(|| arguments.first + i - known.len() as u64)
+    };
+    let next = AtomicU64::new(0);
+    let sum = Mutex::new((Coverage::default(), Vec::<(u64, String)>::new()));
+    let started = Instant::now();
+    std::thread::scope(|scope| {
+        for _ in 0..arguments.threads {
+            scope.spawn(|| {
+                loop {
+                    let i = next.fetch_add(1, Ordering::Relaxed);
+                    if i >= total {
+                        return;
+                    }
+                    let seed = seed_at(i);
+                    let plan = plan_of(seed, &arguments.without);
+                    if arguments.copies.is_some_and(|n| n != plan.copies as u64) {
+                        continue;
+                    }
+                    let outcome = run(&plan, Trace::Off);
+                    let mut sum = sum.lock().unwrap_or_else(|e| e.into_inner());
+                    sum.0.add(&outcome.coverage);
+                    if let Some(failure) = outcome.failure {
+                        if !arguments.json {
+                            let line = failure.lines().next().unwrap_or_default();
+                            println!("seed {seed} FAILS: {line}");
+                        }
+                        sum.1.push((seed, failure));
+                    }
+                }
+            });
+        }
+    });
+    let seconds = started.elapsed().as_secs_f64();
+    let (coverage, mut failures) = sum.into_inner().unwrap_or_else(|e| e.into_inner());
+    failures.sort();
+    let hours = coverage.virtual_ns as f64 / 3.6e12;
+    let rate = coverage.seeds as f64 / seconds;
+    if !arguments.json {
+        print!("{}", coverage.report());
+        println!(
+            "{} seeds in {seconds:.1} s ({rate:.1} a second), {hours:.2} virtual hours, {:.0} I/O and {:.1} faults a seed, {} failures",
+            coverage.seeds,
+            coverage.io() as f64 / coverage.seeds.max(1) as f64,
+            coverage.faults as f64 / coverage.seeds.max(1) as f64,
+            failures.len()
+        );
+    }
+    let line = serde_json::json!({
+        "seeds": coverage.seeds,
+        "failures": failures.len(),
+        "failing_seeds": failures.iter().map(|f| f.0).collect::<Vec<_>>(),
+        "seconds": seconds,
+        "seeds_per_second": rate,
+        "virtual_hours": hours,
+        "io": coverage.io(),
+        "requests": coverage.requests,
+        "faults": coverage.faults,
+        "coverage": coverage.counts,
+    });
+    if arguments.json {
+        println!("{line}");
+    }
+    if failures.is_empty() {
+        ExitCode::SUCCESS
+    } else {
+        ExitCode::FAILURE
+    }
+}

@@ -1,0 +1,497 @@
+//! Faults and orders of the plan, the failover manager, and the people who put things right in the end.
+
+use crate::disk::Disk;
+use crate::plan::{FaultKind, MS};
+use crate::world::{Happening, World};
+use holdfast_replicator_core::api::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::{CopyState, OnPeerLoss};
+
+/// What they remember.
+#[derive(Debug, Default)]
+pub(crate) struct Operators {
+    /// Since when nobody serves.
+    no_primary_since: Option<u64>,
+    faults_over_at: u64,
+    turns: u64,
+    /// A person had to force something after the faults.
+    pub forced_at_end: bool,
+    quiet_since: Option<u64>,
+}
+
+/// Virtual time after which a world without faults must have come to rest.
+const REST: u64 = 120_000 * MS;
+/// Clients go on for so long after the last fault.
+const CLIENTS_GO_ON: u64 = 1500 * MS;
+
+impl World {
+    pub(crate) fn fault(&mut self, at: usize) {
+        if self.faults_over {
+            return;
+        }
+        let kind = self.plan.faults[at].kind;
+        self.coverage.faults += 1;
+        self.coverage.count("faults", kind.name());
+        self.log(|| format!("fault {at}: {kind:?}"));
+        let over = |world: &mut World, ms: u64| world.after(ms * MS, Happening::FaultOver(at));
+        match kind {
+            FaultKind::Kill { node, down_ms } => {
+                if self.nodes[node].core.is_some() {
+                    self.kill(node);
+                    self.restart(node, down_ms * MS);
+                }
+            }
+            FaultKind::Power { node, down_ms } => self.power(node, down_ms),
+            FaultKind::Blackout { down_ms } => {
+                for node in 0..self.nodes.len() {
+                    let more = self.rng.below(300);
+                    self.power(node, down_ms + more);
+                }
+            }
+            FaultKind::Freeze { node, ms } => {
+                self.freeze(node);
+                over(self, ms);
+            }
+            FaultKind::Cut { from, to, both, ms } => {
+                self.network.cut[from][to] += 1;
+                self.network.cut[to][from] += u32::from(both);
+                over(self, ms);
+            }
+            FaultKind::Break { a, b } => self.break_pair(a, b),
+            FaultKind::SlowLine { a, b, ms } => {
+                let pair = self.network.pair_of(a, b);
+                self.network.slow[pair] = true;
+                over(self, ms);
+            }
+            FaultKind::SlowDisk { node, ms } => {
+                self.nodes[node].slow = true;
+                over(self, ms);
+            }
+            FaultKind::HangDisk { node, ms } => {
+                self.nodes[node].hung = true;
+                over(self, ms);
+            }
+            FaultKind::ClockJump { node, ms } => self.jump_clock(node, ms * MS),
+            FaultKind::DiskError { node, replace } => {
+                self.nodes[node].fail_next += 1;
+                let _ = replace;
+                over(self, 3000);
+            }
+            FaultKind::BlankDisk { node, down_ms } => {
+                if self.may_lose_disk(node) {
+                    self.replace_disk(node);
+                    self.restart(node, down_ms * MS);
+                }
+            }
+            FaultKind::Promote { node } => {
+                self.order(node, "promote", Command::Promote { force: false });
+            }
+            FaultKind::Force { node } => {
+                self.order(node, "force", Command::Promote { force: true });
+            }
+            FaultKind::Demote { node } => self.order(node, "demote", Command::Demote),
+            FaultKind::Disconnect { node, ms } => {
+                self.order(node, "disconnect", Command::Disconnect { peer: None });
+                over(self, ms);
+            }
+            FaultKind::PauseResync { node, ms } => {
+                self.order(node, "pause", Command::PauseResync);
+                over(self, ms);
+            }
+            FaultKind::SuspendIo { node, ms } => {
+                self.order(node, "suspend", Command::SuspendIo);
+                over(self, ms);
+            }
+            FaultKind::Verify { node } => {
+                self.order(node, "verify", Command::Verify { volume: None });
+            }
+            FaultKind::StopVerify { node } => self.order(node, "stop-verify", Command::StopVerify),
+            FaultKind::Invalidate { node } => self.order(node, "invalidate", Command::Invalidate),
+            FaultKind::Detach { node, down_ms } => {
+                if self.nodes[node].core.is_some() {
+                    self.order(node, "detach", Command::Detach);
+                    over(self, down_ms);
+                }
+            }
+            FaultKind::SetPolicy { node, suspend } => {
+                let policy = if suspend {
+                    OnPeerLoss::Suspend
+                } else {
+                    OnPeerLoss::Continue
+                };
+                self.order(
+                    node,
+                    "policy",
+                    Command::SetOnPeerLoss {
+                        policy,
+                        force: false,
+                    },
+                );
+            }
+        }
+    }
+
+    pub(crate) fn fault_over(&mut self, at: usize) {
+        if self.faults_over {
+            // All of them ended together.
+            return;
+        }
+        match self.plan.faults[at].kind {
+            FaultKind::Freeze { node, .. } => self.thaw(node),
+            FaultKind::Cut { from, to, both, .. } => {
+                self.network.cut[from][to] -= 1;
+                self.network.cut[to][from] -= u32::from(both);
+                self.log(|| format!("fault {at} is over"));
+                self.cut_over(from, to);
+            }
+            FaultKind::SlowLine { a, b, .. } => {
+                let pair = self.network.pair_of(a, b);
+                self.network.slow[pair] = false;
+            }
+            FaultKind::SlowDisk { node, .. } => self.nodes[node].slow = false,
+            FaultKind::HangDisk { node, .. } => self.release_disk(node),
+            FaultKind::DiskError { node, .. } => {
+                self.nodes[node].fail_next = 0;
+                self.mend_disk(node);
+            }
+            FaultKind::Disconnect { node, .. } => {
+                self.order(node, "connect", Command::Connect { peer: None });
+            }
+            FaultKind::PauseResync { node, .. } => {
+                self.order(node, "resume", Command::ResumeResync);
+            }
+            FaultKind::SuspendIo { node, .. } => self.order(node, "resume-io", Command::ResumeIo),
+            FaultKind::Detach { node, .. } => {
+                if self.nodes[node].core.is_none() {
+                    self.restart(node, 0);
+                }
+            }
+            _ => {}
+        }
+    }
+
+    fn power(&mut self, node: usize, down_ms: u64) {
+        self.cut_power(node);
+        self.restart(node, down_ms * MS);
+    }
+
+    /// Whether the others can bring back what this disk holds.
+    fn may_lose_disk(&self, node: usize) -> bool {
+        (0..self.nodes.len()).any(|other| {
+            other != node
+                && self.nodes[other].core.as_ref().is_some_and(|c| {
+                    let probe = c.probe();
+                    probe.role == Role::Primary && probe.state == CopyState::UpToDate
+                })
+        }) && (0..self.nodes.len())
+            .filter(|n| *n != node)
+            .all(|n| !self.nodes[n].broken_disk)
+    }
+
+    fn replace_disk(&mut self, node: usize) {
+        self.log(|| format!("node {node}: gets a new, blank disk"));
+        self.end_process(node);
+        let n = &mut self.nodes[node];
+        n.disk_life += 1;
+        n.disk_number += 1;
+        n.pending.clear();
+        n.hung = false;
+        n.broken_disk = false;
+        n.fail_next = 0;
+        n.disk = Disk::new(&self.plan.volumes);
+        n.disk.scribble(u64::MAX);
+        self.create_disk(node, false);
+        self.coverage.count("faults", "disk replaced");
+    }
+
+    /// A failed disk is replaced when the others can fill it, else the machine is started again on it: the
+    /// error was one of the cable.
+    fn mend_disk(&mut self, node: usize) {
+        if !self.nodes[node].broken_disk {
+            return;
+        }
+        if self.may_lose_disk(node) && self.rng.chance(500) {
+            self.replace_disk(node);
+        } else {
+            self.cut_power(node);
+            self.nodes[node].broken_disk = false;
+        }
+        self.restart(node, 50 * MS);
+    }
+
+    // --- the failover manager, and people ---
+
+    pub(crate) fn manager_turn(&mut self) {
+        self.operators.turns += 1;
+        let pause = self.rng.between(50, 200) * MS;
+        self.after(pause, Happening::Manager);
+        let serving = (0..self.nodes.len()).any(|n| {
+            self.nodes[n].core.as_ref().is_some_and(|c| {
+                self.nodes[n].frozen.is_none()
+                    && matches!(
+                        c.probe().role,
+                        Role::Primary | Role::Promoting | Role::Demoting
+                    )
+            })
+        });
+        if serving {
+            self.operators.no_primary_since = None;
+        } else {
+            self.operators.no_primary_since.get_or_insert(self.now);
+        }
+        self.see_equal();
+        if self.faults_over {
+            return self.put_right();
+        }
+        if let Some(since) = self.operators.no_primary_since
+            && self.now - since >= self.plan.failover_ms * MS
+        {
+            self.try_failover(false);
+        }
+    }
+
+    fn try_failover(&mut self, force: bool) {
+        let candidates: Vec<usize> = (0..self.nodes.len())
+            .filter(|n| {
+                let node = &self.nodes[*n];
+                node.core.is_some() && node.frozen.is_none() && node.admin.is_empty()
+            })
+            .collect();
+        if candidates.is_empty() {
+            return;
+        }
+        let node = if force {
+            // A person takes the best: by state, then by epoch.
+            let rank = |n: usize| {
+                self.nodes[n].core.as_ref().map(|c| {
+                    let p = c.probe();
+                    (
+                        !self.nodes[n].restored,
+                        p.state as u8 * u8::from(!p.failed),
+                        p.epoch.number,
+                    )
+                })
+            };
+            candidates.into_iter().max_by_key(|n| rank(*n)).unwrap_or(0)
+        } else {
+            candidates[self.rng.index(candidates.len())]
+        };
+        let what = if force { "force" } else { "promote" };
+        self.order(node, what, Command::Promote { force });
+    }
+
+    pub(crate) fn end_faults(&mut self) {
+        self.log(|| "faults stop".into());
+        self.faults_over = true;
+        self.operators.faults_over_at = self.now;
+        for row in &mut self.network.cut {
+            row.fill(0);
+        }
+        for pair in 0..self.network.pairs() {
+            self.network.slow[pair] = false;
+        }
+        for node in 0..self.nodes.len() {
+            for other in 0..self.nodes.len() {
+                if node < other {
+                    self.cut_over(node, other);
+                }
+            }
+            self.nodes[node].slow = false;
+            self.nodes[node].fail_next = 0;
+            self.release_disk(node);
+            self.thaw(node);
+            self.order(node, "resume-io", Command::ResumeIo);
+            self.order(node, "resume", Command::ResumeResync);
+            self.order(node, "connect", Command::Connect { peer: None });
+            if self.nodes[node].core.is_none() {
+                self.restart(node, 10 * MS);
+            }
+        }
+    }
+
+    fn put_right(&mut self) {
+        let passed = self.now - self.operators.faults_over_at;
+        if passed > CLIENTS_GO_ON {
+            self.clients.stopped = true;
+        }
+        if passed > REST {
+            let text = self.describe_all();
+            return self.fail(format!(
+                "no rest {} s after the last fault:\n{text}",
+                passed / (1000 * MS)
+            ));
+        }
+        for node in 0..self.nodes.len() {
+            if self.nodes[node].broken_disk {
+                self.mend_disk(node);
+            } else if self.nodes[node].core.is_none() && self.nodes[node].pending.is_empty() {
+                self.restart(node, 10 * MS);
+            }
+        }
+        if let Some(since) = self.operators.no_primary_since {
+            let waited = self.now - since;
+            if waited > 20_000 * MS {
+                self.operators.forced_at_end = true;
+                self.operators.no_primary_since = Some(self.now);
+                self.coverage.count("orders", "force at the end");
+                self.try_failover(true);
+            } else if waited > 300 * MS {
+                self.try_failover(false);
+            }
+            self.operators.quiet_since = None;
+            return;
+        }
+        if self.operators.turns.is_multiple_of(40) {
+            self.settle_split_brains();
+        }
+        if passed > CLIENTS_GO_ON && self.at_rest() {
+            let since = *self.operators.quiet_since.get_or_insert(self.now);
+            if self.now - since > 2500 * MS {
+                self.final_checks();
+            }
+        } else {
+            self.operators.quiet_since = None;
+        }
+    }
+
+    /// Copies that refuse each other: the newer side is kept.
+    fn settle_split_brains(&mut self) {
+        let primaries: Vec<usize> = (0..self.nodes.len())
+            .filter(|n| self.nodes[*n].role == Role::Primary)
+            .collect();
+        let keep = self
+            .oracle
+            .current_node()
+            .filter(|n| primaries.contains(n))
+            .or(primaries.first().copied());
+        let Some(keep) = keep else { return };
+        for node in 0..self.nodes.len() {
+            if node == keep {
+                self.order(node, "connect", Command::Connect { peer: None });
+                continue;
+            }
+            let relation = self.relation(node, keep);
+            if relation == "established" {
+                continue;
+            }
+            if self.nodes[node].role == Role::Primary {
+                self.order(node, "demote", Command::Demote);
+            } else if matches!(relation, "refused" | "down") {
+                self.order(node, "connect", Command::Connect { peer: None });
+                self.order(
+                    node,
+                    "resolve",
+                    Command::ResolveSplitBrain { discard_mine: true },
+                );
+            }
+        }
+    }
+
+    pub(crate) fn relation(&self, node: usize, other: usize) -> &'static str {
+        self.nodes[node]
+            .core
+            .as_ref()
+            .and_then(|c| c.probe_peer(Slot(other as u8)))
+            .map_or("down", |r| r.0)
+    }
+
+    fn at_rest(&self) -> bool {
+        self.clients.open() == 0 && self.settled()
+    }
+
+    /// All copies were seen equal: what one had lost is back, and no old branch is left.
+    fn see_equal(&mut self) {
+        if !self.settled() {
+            return;
+        }
+        for volume in 0..self.plan.volumes.len() {
+            let view = self.nodes[0].disk.view(volume);
+            if self.nodes.iter().any(|n| n.disk.view(volume) != view) {
+                return;
+            }
+        }
+        for node in 1..self.nodes.len() {
+            self.oracle.seen_equal(0, node);
+        }
+        self.oracle.forked = false;
+    }
+
+    /// One primary, and every other copy stands established with it and is whole.
+    fn settled(&self) -> bool {
+        let primaries = (0..self.nodes.len())
+            .filter(|n| self.nodes[*n].role == Role::Primary)
+            .count();
+        if primaries != 1 {
+            return false;
+        }
+        let Some(primary) = (0..self.nodes.len()).find(|n| self.nodes[*n].role == Role::Primary)
+        else {
+            return false;
+        };
+        (0..self.nodes.len()).all(|n| {
+            let Some(core) = &self.nodes[n].core else {
+                return false;
+            };
+            let probe = core.probe();
+            n == primary
+                || (matches!(probe.state, CopyState::UpToDate | CopyState::Complete)
+                    && (self.plan.modes[n] == holdfast_wire_format::metadata::Mode::Async
+                        || probe.state == CopyState::UpToDate)
+                    && self.relation(n, primary) == "established"
+                    && self.relation(primary, n) == "established")
+        })
+    }
+
+    pub(crate) fn order_answered(&mut self, node: usize, what: &'static str, result: &AdminResult) {
+        if what == "invalidate" && result.is_ok() {
+            self.nodes[node].restored = false;
+        }
+    }
+
+    pub(crate) fn noticed(&mut self, node: usize, notice: &Notice) {
+        if matches!(notice.kind, "established" | "resync-target") {
+            self.nodes[node].restored = false;
+        }
+    }
+
+    pub(crate) fn describe_all(&self) -> String {
+        let mut text = String::new();
+        for (n, node) in self.nodes.iter().enumerate() {
+            match &node.core {
+                None => text += &format!("node {n}: no process\n"),
+                Some(core) => {
+                    let status = core.status(self.local(n));
+                    text += &format!(
+                        "node {n}: {:?} {:?} epoch {}/{} position {} stable {} S {:?} pending {:?} parked {:?} window {} unclean {}\n",
+                        status.role,
+                        status.state,
+                        status.epoch.number,
+                        status.epoch.owner,
+                        status.position,
+                        status.stable_position,
+                        status.in_sync,
+                        status.in_sync_pending,
+                        status.parked_reason,
+                        core.probe().window_entries,
+                        status.unclean_start,
+                    );
+                    for peer in &status.peers {
+                        let relation = core.probe_peer(peer.slot).map_or("", |p| p.0);
+                        text += &format!(
+                            "  to {}: {relation} {:?} dirty {} unacked {} primary {} | {} | {}\n",
+                            peer.slot.0,
+                            peer.state,
+                            peer.dirty_bytes,
+                            peer.unacknowledged_bytes,
+                            peer.is_primary,
+                            peer.handshake,
+                            peer.last_error
+                        );
+                    }
+                }
+            }
+        }
+        text += &format!("open requests: {}\n", self.clients.open());
+        text
+    }
+}
