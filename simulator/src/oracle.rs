@@ -42,6 +42,9 @@ struct Tenure {
     node: usize,
     /// Its writes are part of the history.
     official: bool,
+    /// Promoted in an epoch that was superseded already: it may complete nothing.
+    stale: bool,
+    epoch: u64,
     /// What the copy held when it began.
     snapshot: Vec<Vec<u64>>,
 }
@@ -61,8 +64,11 @@ pub struct Oracle {
     tenures: Vec<Tenure>,
     flushes: Vec<(u64, u64)>,
     last_flush: u64,
+    /// By copy: when it last lost power, and when its process last ended without a word.
     lost_since: Vec<Option<u64>>,
-    losses: Vec<(u64, Vec<Option<u64>>)>,
+    killed_since: Vec<Option<u64>>,
+    /// The same at each such moment, with what was lost then.
+    losses: Vec<(u64, Vec<Option<u64>>, Vec<Option<u64>>)>,
     settled_set: SlotSet,
     /// A person forced something and the copies were not seen equal since.
     pub forked: bool,
@@ -88,6 +94,7 @@ impl Oracle {
             flushes: Vec::new(),
             last_flush: 0,
             lost_since: vec![None; copies],
+            killed_since: vec![None; copies],
             losses: Vec::new(),
             settled_set: SlotSet::EMPTY,
             forked: false,
@@ -189,6 +196,12 @@ impl Oracle {
                 "write {id} completed at a copy that was never primary"
             ));
         };
+        if tenure.stale && !self.forked {
+            return Err(format!(
+                "C1: write {id} completed at node {} in epoch {}, superseded before",
+                tenure.node, tenure.epoch
+            ));
+        }
         if !tenure.official {
             return Ok(());
         }
@@ -231,13 +244,18 @@ impl Oracle {
             .or(self.writes[entry.write as usize].acknowledged)
     }
 
+    /// Every copy that held it stopped uncleanly since, one of them by losing power: none can tell what the others
+    /// still have, so what was not flushed may be given up (as a single disk would).
     fn gone(&self, since: u64, set: SlotSet) -> bool {
-        self.losses.iter().any(|(at, lost)| {
+        let after = |times: &[Option<u64>], slot: Slot| {
+            times
+                .get(slot.0 as usize)
+                .is_some_and(|t| t.is_some_and(|t| t >= since))
+        };
+        self.losses.iter().any(|(at, lost, killed)| {
             *at >= since
-                && set.iter().all(|slot| {
-                    lost.get(slot.0 as usize)
-                        .is_some_and(|l| l.is_some_and(|l| l >= since))
-                })
+                && set.iter().all(|s| after(lost, s) || after(killed, s))
+                && set.iter().any(|s| after(lost, s))
         })
     }
 
@@ -362,10 +380,22 @@ impl Oracle {
         now: u64,
         node: usize,
         forced: bool,
+        epoch: u64,
         set: SlotSet,
         view: Vec<Vec<u64>>,
     ) -> Result<(), String> {
         self.checked_promotions += 1;
+        let newest = self.tenures.iter().filter(|t| t.official).map(|t| t.epoch);
+        if !forced && !self.forked && newest.max().is_some_and(|e| e > epoch) {
+            self.tenures.push(Tenure {
+                node,
+                official: false,
+                stale: true,
+                epoch,
+                snapshot: view,
+            });
+            return Ok(());
+        }
         let mut result = Ok(());
         if !self.forked && !forced {
             'all: for (volume, sectors) in view.iter().enumerate() {
@@ -395,6 +425,8 @@ impl Oracle {
         self.tenures.push(Tenure {
             node,
             official: true,
+            stale: false,
+            epoch,
             snapshot: view,
         });
         result
@@ -576,13 +608,26 @@ impl Oracle {
     /// The node lost what only its memory (semi-sync) or its disk's cache held.
     pub fn lost_power(&mut self, now: u64, node: usize) {
         self.lost_since[node] = Some(now);
-        self.losses.push((now, self.lost_since.clone()));
+        self.unclean(now);
+    }
+
+    /// The node's process ended; its disk has all it was given.
+    pub fn killed(&mut self, now: u64, node: usize) {
+        self.killed_since[node] = Some(now);
+        self.unclean(now);
+    }
+
+    fn unclean(&mut self, now: u64) {
+        self.losses
+            .push((now, self.lost_since.clone(), self.killed_since.clone()));
     }
 
     /// Both copies were seen equal and established: what one had lost is back.
     pub fn seen_equal(&mut self, a: usize, b: usize) {
-        self.lost_since[a] = None;
-        self.lost_since[b] = None;
+        for node in [a, b] {
+            self.lost_since[node] = None;
+            self.killed_since[node] = None;
+        }
     }
 
     /// A write goes over the link under a name (D17).

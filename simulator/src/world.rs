@@ -819,9 +819,9 @@ impl World {
             .map(|v| self.nodes[node].disk.view(v).to_vec())
             .collect();
         let forced = probe.forced || self.nodes[node].restored;
-        let result = self
-            .oracle
-            .promoted(self.now, node, forced, probe.in_sync, view);
+        let result =
+            self.oracle
+                .promoted(self.now, node, forced, epoch.number, probe.in_sync, view);
         self.coverage
             .count("promotions", if forced { "forced" } else { "unforced" });
         self.check(result);
@@ -987,6 +987,8 @@ impl World {
         if self.plan.modes[node] != holdfast_wire_format::metadata::Mode::Sync {
             // What it had acknowledged from memory is gone.
             self.oracle.lost_power(self.now, node);
+        } else {
+            self.oracle.killed(self.now, node);
         }
         self.end_process(node);
     }

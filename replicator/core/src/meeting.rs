@@ -254,6 +254,13 @@ impl Core {
         if theirs.epoch.number > mine.epoch.number {
             // D11, C1: a newer epoch ends every older right to write.
             self.sb.epoch_gate = theirs.epoch;
+            if !theirs.in_sync.contains(self.slot) {
+                // Its S went on without this copy. That must be durable together with the epoch: an owner that is
+                // not this copy is what allows an unforced promotion under `suspend`.
+                self.sb.in_sync = self.sb.in_sync.without(self.slot);
+                self.sb.in_sync_pending = self.sb.in_sync;
+                self.sb.flags.solo = false;
+            }
             self.commit(Then::Nothing, out);
             if matches!(self.role, Role::Primary | Role::Promoting) {
                 let text = format!(
@@ -741,10 +748,14 @@ impl Core {
             format!("link lost: {reason}"),
             out,
         );
-        self.peers[at].inbox.orphan = true;
-        self.peers[at].was_primary = was_primary;
+        // An inbox that is an orphan already belongs to an earlier session: what that one received is applied still,
+        // however many meetings are tried meanwhile.
+        let orphaned = std::mem::replace(&mut self.peers[at].inbox.orphan, true);
+        if !orphaned {
+            self.peers[at].was_primary = was_primary;
+        }
         let follower = was_primary && matches!(relation, Relation::Established);
-        if !follower {
+        if !follower && !orphaned {
             // A target in the middle: the source still has bits for all of it.
             self.drop_inbox(at, out);
         }
@@ -771,7 +782,8 @@ impl Core {
         for key in keys {
             if let Some(Op::Client(op)) = self.ops.get_mut(key as usize) {
                 let leg = &mut op.legs[slot.0 as usize];
-                if *leg == Leg::InFlight {
+                // What it only received in memory it may have lost: nobody acknowledges it any more.
+                if matches!(*leg, Leg::InFlight | Leg::Received) {
                     *leg = Leg::Bits;
                 }
             }

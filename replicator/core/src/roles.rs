@@ -214,6 +214,7 @@ impl Core {
             waiting_for: connected,
             agreed: SlotSet::EMPTY,
             committed: false,
+            durable: false,
             reason,
         });
         if allowed.kind == PromotionKind::ForcedAfterRollback {
@@ -297,6 +298,9 @@ impl Core {
         if self.role != Role::Promoting {
             return;
         }
+        if let Some(promotion) = &mut self.promotion {
+            promotion.durable = true;
+        }
         if let Some(generation) = self.sb.generations.last().copied() {
             self.announce_generation(generation, out);
         }
@@ -311,7 +315,7 @@ impl Core {
         {
             return;
         }
-        let Some(promotion) = self.promotion.take_if(|p| p.committed) else {
+        let Some(promotion) = self.promotion.take_if(|p| p.durable) else {
             return;
         };
         self.role = Role::Primary;
@@ -665,6 +669,8 @@ impl Core {
     /// Flushed: now S without them, and the generation that says since when.
     pub(crate) fn drop_missing(&mut self, out: &mut Actions) {
         if self.role != Role::Primary || !self.dropping {
+            // Demoted meanwhile: what waits for the copy ends with an error, and S stays as it is.
+            self.dropping = false;
             return;
         }
         let missing = self.missing_members();

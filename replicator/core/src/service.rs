@@ -140,7 +140,10 @@ pub(crate) struct Promotion {
     pub waiting_for: SlotSet,
     /// Copies that raised their gate.
     pub agreed: SlotSet,
+    /// Every reply is there: the new generation is on its way to the disk.
     pub committed: bool,
+    /// Gate, generation and S are on the disk.
+    pub durable: bool,
     pub reason: String,
 }
 
@@ -608,6 +611,7 @@ impl Core {
         self.watch_congestion(out);
         self.demotion_progress(out);
         self.detach_progress(out);
+        self.promotion_known(out);
         self.try_promotion(out);
         self.greet_waiting(out);
         self.undo_prepare_progress(out);
