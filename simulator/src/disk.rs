@@ -230,6 +230,16 @@ impl Disk {
     }
 }
 
+/// The 512 bytes that a stamp stands for.
+#[must_use]
+pub fn stamp_bytes(stamp: u64) -> [u8; SECTOR as usize] {
+    let mut bytes = [0; SECTOR as usize];
+    for word in bytes.chunks_mut(8) {
+        word.copy_from_slice(&stamp.to_le_bytes());
+    }
+    bytes
+}
+
 /// Bytes cut into sectors.
 #[must_use]
 pub fn meta_sectors(bytes: &[u8]) -> Vec<MetaSector> {
@@ -255,9 +265,7 @@ impl MetaSource for &Disk {
             match self.meta.get(&at) {
                 Some(MetaSector::Bytes(sector)) => chunk.copy_from_slice(&sector[..chunk.len()]),
                 Some(MetaSector::Stamp(stamp)) => {
-                    for word in chunk.chunks_mut(8) {
-                        word.copy_from_slice(&stamp.to_le_bytes()[..word.len()]);
-                    }
+                    chunk.copy_from_slice(&stamp_bytes(*stamp)[..chunk.len()]);
                 }
                 None => chunk.fill(0),
             }

@@ -1,7 +1,7 @@
 //! The world: machines, their clocks, the queue of what happens next, and the carrying out of what cores ask for.
 
 use crate::coverage::Coverage;
-use crate::disk::{Disk, DiskOp, SECTOR, meta_sectors};
+use crate::disk::{Disk, DiskOp, SECTOR, meta_sectors, stamp_bytes};
 use crate::network::{Frame, Network};
 use crate::oracle::Oracle;
 use crate::plan::{MS, Plan};
@@ -730,6 +730,18 @@ impl World {
                 });
                 let delay = self.rng.below(20_000);
                 self.process_event(node, delay, Event::HashDone { op, digest });
+            }
+            Action::Crc { op, buf, length } => {
+                let stamps = self.buf(node, buf);
+                let count = (u64::from(length) / SECTOR) as usize;
+                let mut hasher = crc32fast::Hasher::new();
+                for stamp in &stamps[..count] {
+                    hasher.update(&stamp_bytes(*stamp));
+                }
+                let crc = hasher.finalize();
+                let zero = stamps[..count].iter().all(|s| *s == 0);
+                let delay = self.rng.below(20_000);
+                self.process_event(node, delay, Event::CrcDone { op, crc, zero });
             }
             Action::IsZero { op, buf, length } => {
                 let stamps = self.buf(node, buf);
