@@ -284,6 +284,7 @@ impl World {
         self.log(|| "faults stop".into());
         self.faults_over = true;
         self.operators.faults_over_at = self.now;
+        self.plan.tuning.undo_full_pauses = false;
         for row in &mut self.network.cut {
             row.fill(0);
         }
@@ -374,6 +375,12 @@ impl World {
             if relation == "established" {
                 continue;
             }
+            if self.undo_full(node) {
+                // The person gives up the undo: another setting, and the process anew.
+                self.kill(node);
+                self.restart(node, 10 * MS);
+                continue;
+            }
             if self.nodes[node].role == Role::Primary {
                 self.order(node, "demote", Command::Demote);
             } else if matches!(relation, "refused" | "down") {
@@ -385,6 +392,16 @@ impl World {
                 );
             }
         }
+    }
+
+    fn undo_full(&self, node: usize) -> bool {
+        let full = |p: &holdfast_replicator_core::status::PeerStatus| {
+            p.last_error.contains("undo area of the target is full")
+        };
+        self.nodes[node]
+            .core
+            .as_ref()
+            .is_some_and(|c| c.status(self.local(node)).peers.iter().any(full))
     }
 
     pub(crate) fn relation(&self, node: usize, other: usize) -> &'static str {

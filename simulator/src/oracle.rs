@@ -259,10 +259,11 @@ impl Oracle {
         })
     }
 
-    /// What was acknowledged at `since` and never flushed may be missing on `node`.
-    fn may_be_lost(&self, since: u64, set: SlotSet, node: usize) -> bool {
+    /// What was asked for at `asked`, acknowledged at `since` and never flushed may be missing on `node`. (An
+    /// acknowledgement may still be on its way when the copy that sent it loses power.)
+    fn may_be_lost(&self, asked: u64, since: u64, set: SlotSet, node: usize) -> bool {
         since >= self.last_flush
-            && (self.lost_since[node].is_some_and(|l| l >= since) || self.gone(since, set))
+            && (self.lost_since[node].is_some_and(|l| l >= asked) || self.gone(asked, set))
     }
 
     fn required(&self, entry: &Entry, node: usize) -> bool {
@@ -273,12 +274,12 @@ impl Oracle {
         if write.fua && write.acknowledged.is_some() {
             return true;
         }
-        let set = if write.acknowledged.is_some() {
-            write.set
+        let (asked, set) = if write.acknowledged.is_some() {
+            (write.invoked, write.set)
         } else {
-            self.settled_set
+            (since, self.settled_set)
         };
-        !self.may_be_lost(since, set, node)
+        !self.may_be_lost(asked, since, set, node)
     }
 
     fn before(&self, entries: &[Entry], x: usize, y: usize) -> bool {
@@ -337,7 +338,7 @@ impl Oracle {
         }
         let newer = entries.iter().any(|e| self.required(e, node));
         let base_is_certain =
-            self.base_certain || !self.may_be_lost(self.base_at, self.base_set, node);
+            self.base_certain || !self.may_be_lost(self.base_at, self.base_at, self.base_set, node);
         if !newer && (self.base[volume][sector as usize] == value || !base_is_certain) {
             return Some(None);
         }

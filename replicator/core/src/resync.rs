@@ -433,7 +433,7 @@ impl Core {
             through: self.issued,
             committing: false,
         };
-        self.sb.in_sync_pending = self.sb.in_sync.with(slot);
+        self.sb.in_sync_pending = self.sb.in_sync.with(slot).with(self.slot);
         self.joining_progress(at, out);
     }
 
@@ -456,7 +456,8 @@ impl Core {
             through,
             committing: true,
         };
-        self.sb.in_sync = self.sb.in_sync.with(slot);
+        // This copy was its source: both hold the same, even if a newer epoch had gone on without this one.
+        self.sb.in_sync = self.sb.in_sync.with(slot).with(self.slot);
         self.sb.flags.solo = false;
         self.sb.in_sync_version += 1;
         // Durable here before the copy hears of it.

@@ -223,12 +223,18 @@ impl Core {
         self.ask_for_epoch(out);
     }
 
-    /// Every connected copy raises its gate first, so that nothing older is accepted there any more.
+    /// Every connected copy raises its gate first, so that nothing older is accepted there any more. This copy raises
+    /// its own before it asks: whoever is not the owner of the newest epoch it knows may go on without the other
+    /// under `suspend`, and the copy that agreed becomes just that. Never must both have that right.
     pub(crate) fn ask_for_epoch(&mut self, out: &mut Actions) {
         let Some(promotion) = &self.promotion else {
             return;
         };
         let (epoch, waiting) = (promotion.epoch, promotion.waiting_for);
+        if !waiting.is_empty() && self.sb.epoch_gate != epoch {
+            self.sb.epoch_gate = epoch;
+            return self.commit(Then::EpochTaken { epoch }, out);
+        }
         for at in 0..self.peers.len() {
             if waiting.contains(self.peers[at].slot) {
                 self.send_body(
@@ -240,6 +246,13 @@ impl Core {
             }
         }
         self.promotion_progress(out);
+    }
+
+    pub(crate) fn epoch_taken(&mut self, epoch: Epoch, out: &mut Actions) {
+        if self.sb.epoch_gate == epoch && self.promotion.as_ref().is_some_and(|p| p.epoch == epoch)
+        {
+            self.ask_for_epoch(out);
+        }
     }
 
     pub(crate) fn promotion_progress(&mut self, out: &mut Actions) {
@@ -267,6 +280,9 @@ impl Core {
         self.sb.target_of = GenerationId(0);
         let cause = if force {
             GenerationCause::Force
+        } else if self.unclean_start {
+            // Its fork position is a lower bound, and this copy may have lost what the other kept.
+            GenerationCause::Restart
         } else {
             GenerationCause::Promotion
         };
@@ -370,6 +386,12 @@ impl Core {
             Relation::Established | Relation::Target
         );
         let mut reason = String::new();
+        // Two at once take the same number, each for itself: the one that yields takes the other's.
+        let same_number = self
+            .promotion
+            .as_ref()
+            .is_some_and(|p| p.epoch.number == epoch.number)
+            && self.sb.epoch_gate.number == epoch.number;
         if epoch.owner != slot.0 {
             reason = format!("copy {} asks for an epoch of copy {}", slot.0, epoch.owner);
         } else if !settled {
@@ -381,7 +403,7 @@ impl Core {
         {
             // Two at once: the lower slot goes on.
             reason = "this copy is being promoted".into();
-        } else if epoch.number <= self.sb.epoch_gate.number {
+        } else if epoch.number <= self.sb.epoch_gate.number && !same_number {
             reason = format!("epoch {} was accepted already", self.sb.epoch_gate.number);
         }
         if !reason.is_empty() {
@@ -669,9 +691,10 @@ impl Core {
     /// Flushed: now S without them, and the generation that says since when.
     pub(crate) fn drop_missing(&mut self, out: &mut Actions) {
         if self.role != Role::Primary || !self.dropping {
-            // Demoted meanwhile: what waits for the copy ends with an error, and S stays as it is.
+            // Demoted meanwhile: S stays as it is. What waited for this and not for the copy completes; the rest ends
+            // with an error.
             self.dropping = false;
-            return;
+            return self.check_all(out);
         }
         let missing = self.missing_members();
         if missing.is_empty() {

@@ -35,6 +35,10 @@ pub(crate) enum Then {
         session: SessionId,
         epoch: Epoch,
     },
+    /// This copy's own gate is raised: now the others are asked.
+    EpochTaken {
+        epoch: Epoch,
+    },
     Promoted,
     GenerationStored {
         peer: usize,
@@ -385,6 +389,7 @@ impl Core {
                 session,
                 epoch,
             } => self.gate_raised(peer, session, epoch, out),
+            Then::EpochTaken { epoch } => self.epoch_taken(epoch, out),
             Then::Promoted => self.promotion_durable(out),
             Then::GenerationStored {
                 peer,

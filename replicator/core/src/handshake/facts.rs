@@ -226,7 +226,14 @@ pub(super) fn wrote_nothing(
         .iter()
         .skip_while(|g| g.id != branch.id)
         .skip(1);
-    reach(f) == 0 && later.into_iter().all(|g| g.fork_position == 0)
+    // A generation made after an unclean stop forks at a lower bound: 0 says nothing about the one before it.
+    let exact = |g: &Generation| {
+        matches!(
+            g.cause,
+            GenerationCause::Promotion | GenerationCause::PeerLost | GenerationCause::DiskLost
+        )
+    };
+    reach(f) == 0 && later.into_iter().all(|g| g.fork_position == 0 && exact(g))
 }
 
 /// Row 1: what makes the copies impossible to compare.
