@@ -279,18 +279,18 @@ impl MetaSource for Areas<'_> {
     }
 }
 
-#[cfg(not(feature = "fault-injection"))]
-fn open_options(_service: &str, _volume: &str) -> OpenOptions {
-    OpenOptions::default()
-}
+/// A killed predecessor's backings stay locked until the kernel has ended its last requests, a moment after the process is gone. Whoever
+/// still runs was met before, at the control socket.
+const LOCK_WAIT: Duration = Duration::from_secs(10);
 
-/// Where `HOLDFAST_FAULT_DIR` names a directory, every backing is put under the fault layer, with its switchboard in there.
-#[cfg(feature = "fault-injection")]
-fn open_options(service: &str, volume: &str) -> OpenOptions {
-    let socket =
-        |directory| std::path::PathBuf::from(directory).join(format!("{service}-{volume}.sock"));
+fn open_options(_service: &str, _volume: &str) -> OpenOptions {
     OpenOptions {
-        fault_control: std::env::var_os("HOLDFAST_FAULT_DIR").map(socket),
+        lock_wait: LOCK_WAIT,
+        // Where this names a directory, every backing is put under the fault layer, with its switchboard in there.
+        #[cfg(feature = "fault-injection")]
+        fault_control: std::env::var_os("HOLDFAST_FAULT_DIR").map(|directory| {
+            std::path::PathBuf::from(directory).join(format!("{_service}-{_volume}.sock"))
+        }),
         ..OpenOptions::default()
     }
 }

@@ -128,6 +128,16 @@ impl Cluster {
         for node in &mut cluster.nodes {
             node.start();
         }
+        if settings.backing == Backing::Loop {
+            // Nobody knows what was on a device: somebody must say which copy the service starts from.
+            for other in 1..settings.nodes {
+                cluster[0].until("it says that nobody knows", |service| {
+                    service.peers[other - 1].link == LinkName::Off
+                });
+            }
+            cluster[0].force();
+            cluster[0].must(&["connect", SERVICE]);
+        }
         cluster.until_connected();
         cluster
     }
@@ -367,6 +377,11 @@ impl Node {
             .and_then(|file| file.read_exact_at(&mut bytes, 0))
             .expect("the backing can be read");
         bytes
+    }
+
+    /// The name of the first volume.
+    pub fn volume_name(&self) -> &'static str {
+        self.settings.volumes[0].0
     }
 
     fn volume_size(&self, volume: &str) -> u64 {
@@ -654,6 +669,13 @@ impl Node {
     #[track_caller]
     pub fn promote(&self) {
         self.must(&["promote", SERVICE]);
+        self.until("it is primary", |service| service.role == RoleName::Primary);
+    }
+
+    /// `holdfast promote --force`, and waits until it is primary.
+    #[track_caller]
+    pub fn force(&self) {
+        self.must(&["promote", SERVICE, "--force", "--yes"]);
         self.until("it is primary", |service| service.role == RoleName::Primary);
     }
 

@@ -13,6 +13,7 @@ pub mod nbd;
 pub mod process;
 pub mod programs;
 pub mod random;
+pub mod story;
 
 pub use cluster::{Backing, Cluster, Node, Settings};
 pub use history::{History, Loss};
