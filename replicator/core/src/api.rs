@@ -333,6 +333,12 @@ pub enum Action {
     ReleaseBuf {
         buf: BufId,
     },
+    /// Copies the first `length` bytes of one buffer to another (a read that another copy's disk served).
+    CopyBuf {
+        from: BufId,
+        to: BufId,
+        length: u32,
+    },
     /// xxh3-128 of the first `length` bytes.
     Hash {
         op: OpId,

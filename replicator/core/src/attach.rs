@@ -447,6 +447,7 @@ impl Core {
             counters: Counters::default(),
             parked: false,
             undo,
+            diskless: None,
         };
         if core.sb.in_sync_pending != core.sb.in_sync {
             // D18: an outcome was unknown when the process ended; what is on the disk is what was committed.
@@ -530,6 +531,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         wants_stable: false,
         up_since: now,
         flush_asked: 0,
+        diskless: false,
     }
 }
 

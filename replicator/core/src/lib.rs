@@ -9,6 +9,7 @@ pub mod api;
 mod attach;
 pub mod bitmap;
 mod congestion;
+mod diskless;
 pub mod handshake;
 mod meeting;
 mod op;

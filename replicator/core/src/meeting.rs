@@ -27,7 +27,9 @@ impl Core {
             // The link lost the old one and has not said so yet.
             self.session_ended(at, "a new connection replaced it", out);
         }
-        if !self.peers[at].wanted || self.failed || self.role == Role::Detached {
+        let served_by = self.diskless.as_ref().is_some_and(|d| d.server == slot);
+        let failed = self.failed && !served_by;
+        if !self.peers[at].wanted || failed || self.role == Role::Detached {
             let (code, text) = (GoodbyeCode::Refused, "not connected by choice".to_owned());
             return out.push(Action::Close {
                 peer: slot,
@@ -190,6 +192,7 @@ impl Core {
         }
         let _ = session;
         let peer = &mut self.peers[at];
+        let incarnation_before = peer.their_incarnation;
         peer.their_incarnation = hello.facts.incarnation;
         peer.their_state = Some(hello.facts.state);
         peer.their_mode = hello.facts.mode;
@@ -200,6 +203,7 @@ impl Core {
         if let Relation::Greeting { theirs, .. } = &mut peer.relation {
             *theirs = Some(hello);
         }
+        self.diskless_meets(at, incarnation_before, out);
         self.decide_if_met(at, out);
     }
 
@@ -309,6 +313,20 @@ impl Core {
                     self.become_source(at, plan.how, out);
                 }
             }
+            Outcome::Diskless { failed, server }
+                if (failed == self.slot && self.diskless_holds())
+                    || (server == self.slot && theirs.is_primary && !self.is_primary_like()) =>
+            {
+                // D13: the primary whose disk failed goes on through the server's.
+                self.peers[at].diskless = server == self.slot && !self.sb.in_sync.contains(slot);
+                self.peers[at].relation = Relation::Agreeing;
+                let mut header = self.header(FrameKind::Ready);
+                header.position = self.issued;
+                self.send(at, header, Payload::None, out);
+                if self.peers[at].ready_received {
+                    self.agreed(at, out);
+                }
+            }
             Outcome::SplitBrain { .. } => {
                 self.notice(
                     Level::Error,
@@ -358,6 +376,9 @@ impl Core {
 
     fn agreed(&mut self, at: usize, out: &mut Actions) {
         let slot = self.peers[at].slot;
+        if self.failed || self.peers[at].their_state == Some(CopyState::Failed) {
+            return self.diskless_agreed(at, out);
+        }
         let follows_third = self.follows_third(at);
         if self.peers[at].dirty_bits() > 0 && !follows_third {
             return self.meet_again(at, "writes came during the greeting", out);
@@ -763,7 +784,7 @@ impl Core {
             relation,
             Relation::Established | Relation::Joining { .. } | Relation::Source
         );
-        if mirrored && !was_primary {
+        if mirrored && !was_primary && self.diskless.is_none() {
             self.unstable_becomes_bits(at);
         }
         self.source_ended(at, out);
@@ -790,6 +811,7 @@ impl Core {
         }
         self.peers[at].unacked_bytes = 0;
         self.peers[at].oldest_unacked = None;
+        self.diskless_server_gone(at, out);
         self.generation_unknown_to = self.generation_unknown_to.without(slot);
         self.promotion_lost_peer(slot, out);
         // A follower applies everything it received: semi-sync completions counted on it.
@@ -854,7 +876,7 @@ impl Core {
 
     /// The primary's link is gone: what may have been lost with its cache becomes bits toward it, and what
     /// copies outside S may lack becomes bits toward them (D7, and "every promotable copy tracks").
-    fn primary_gone(&mut self, at: usize, _out: &mut Actions) {
+    pub(crate) fn primary_gone(&mut self, at: usize, _out: &mut Actions) {
         let stable = self.peers[at].inbox.stable;
         let entries: Vec<Entry> = self
             .window
@@ -864,7 +886,8 @@ impl Core {
             .collect();
         for entry in &entries {
             for peer in 0..self.peers.len() {
-                if peer != at || entry.position > stable {
+                // A primary without a disk has none of it (D13).
+                if peer != at || self.peers[at].diskless || entry.position > stable {
                     self.set_bits(peer, entry.volume, entry.offset, entry.length);
                 }
             }

@@ -62,6 +62,8 @@ pub(crate) struct ClientOp {
     pub local_failed: bool,
     pub legs: [Leg; MAX_COPIES],
     pub replied: bool,
+    /// The buffer is kept until the reply (the primary has no disk: it may have to be sent again).
+    pub holds_buf: bool,
     /// Made by the core itself (a stability flush): nobody to answer.
     pub internal: bool,
     /// Holds the overlap order.
@@ -104,7 +106,18 @@ pub(crate) enum ApplyKind {
 pub(crate) enum Op {
     Read {
         request: RequestId,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
         buf: BufId,
+    },
+    /// A read for a primary without a disk.
+    ServeRead {
+        peer: Slot,
+        session: u64,
+        id: u64,
+        buf: BufId,
+        length: u32,
     },
     Client(ClientOp),
     Lock {

@@ -246,6 +246,8 @@ pub(crate) struct Peer {
     pub up_since: Time,
     /// The sequence of the last `Flush` frame: nothing new to make durable.
     pub flush_asked: Position,
+    /// It is primary and its disk failed: it goes on through ours (D13).
+    pub diskless: bool,
 }
 
 impl Peer {

@@ -29,6 +29,7 @@ impl Core {
         let accepted = match header.kind {
             FrameKind::Write => self.receive_write(at, header, data, out),
             FrameKind::ResyncData => self.receive_resync(at, header, data, out),
+            FrameKind::ReadReply => self.read_reply(at, header, buf, out),
             kind => self.bad_frame(at, &format!("{kind:?} with block data"), out),
         };
         if !accepted {
@@ -131,6 +132,11 @@ impl Core {
             (FrameKind::GenerationAck, Body::GenerationAck { generation }) => {
                 self.generation_ack(at, generation, out);
             }
+            (FrameKind::DiskLost, Body::DiskLost { position, .. }) => {
+                self.disk_lost(at, session, position, out);
+            }
+            (FrameKind::DiskLostAck, _) => self.disk_lost_ack(at, header, out),
+            (FrameKind::ReadRequest, _) => self.read_request(at, session, header, out),
             (FrameKind::Demoted, _) => self.peer_demoted(at, header.position, out),
             (FrameKind::VerifyRequest, Body::Verify { sequence, digest }) => {
                 self.verify_request(at, header, sequence, digest, out);
@@ -188,6 +194,8 @@ impl Core {
                 | FrameKind::ResyncDone
                 | FrameKind::InSync
                 | FrameKind::NewGeneration
+                | FrameKind::DiskLost
+                | FrameKind::ReadRequest
         );
         if gated && header.epoch.number < self.sb.epoch_gate.number {
             self.counters.refused_frames += 1;
@@ -223,7 +231,7 @@ impl Core {
         false
     }
 
-    fn range_ok(&self, header: &FrameHeader) -> bool {
+    pub(crate) fn range_ok(&self, header: &FrameHeader) -> bool {
         self.volumes.get(header.volume.0 as usize).is_some_and(|v| {
             let sector = u64::from(v.sector_size);
             header.length > 0
@@ -768,6 +776,7 @@ impl Core {
             self.acknowledged(at, position, position, Leg::Acked, out);
             self.after_acks(at, out);
             self.trim_window(out);
+            self.diskless_flushed(at, position, out);
         }
         self.resync_flushed(at, session, resync_sequence, out);
     }

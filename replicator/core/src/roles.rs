@@ -184,7 +184,7 @@ impl Core {
             Err(refusal) => refuse(self, refusal, out),
             Ok(promotion) => {
                 self.promotion_wanted = None;
-                self.start_promotion(wanted.admin, &promotion, connected, out);
+                self.start_promotion(wanted.admin, &promotion, wanted.force, connected, out);
             }
         }
     }
@@ -193,6 +193,7 @@ impl Core {
         &mut self,
         admin: AdminId,
         allowed: &handshake::Promotion,
+        insisted: bool,
         connected: SlotSet,
         out: &mut Actions,
     ) {
@@ -211,6 +212,7 @@ impl Core {
             admin,
             epoch,
             force: allowed.is_forced(),
+            insisted,
             waiting_for: connected,
             agreed: SlotSet::EMPTY,
             committed: false,
@@ -499,7 +501,20 @@ impl Core {
             && !promotion.committed
             && (promotion.waiting_for.contains(slot) || promotion.agreed.contains(slot))
         {
-            return self.cancel_promotion(&format!("copy {} was lost meanwhile", slot.0), out);
+            let (admin, force) = (promotion.admin, promotion.insisted);
+            self.promotion = None;
+            self.role = Role::Secondary;
+            let text = format!(
+                "copy {} was lost meanwhile: the promotion is decided anew without it",
+                slot.0
+            );
+            self.notice(Level::Info, "promotion-anew", Some(slot), text, out);
+            self.promotion_wanted = Some(WantedPromotion {
+                admin,
+                force,
+                since: self.now,
+                primary_heard: false,
+            });
         }
         self.promotion_known(out);
         self.try_promotion(out);
@@ -665,7 +680,8 @@ impl Core {
 
     /// A completion needs a copy that lacks the write.
     pub(crate) fn required_leg_missing(&mut self, out: &mut Actions) {
-        if self.dropping || self.role != Role::Primary {
+        // Without a disk of its own this copy can never go on alone (D13).
+        if self.dropping || self.role != Role::Primary || self.diskless.is_some() {
             return;
         }
         let missing = self.missing_members();
@@ -756,12 +772,15 @@ impl Core {
             out,
         );
         self.end_client_io(Status::NotPrimary, true, out);
+        if self.diskless_holds() {
+            self.diskless_end_reads(out);
+        }
         self.demotion_progress(out);
     }
 
     /// What is in flight ends; then one flush everywhere; then the record.
     pub(crate) fn demotion_progress(&mut self, out: &mut Actions) {
-        if self.role != Role::Demoting || self.failed {
+        if self.role != Role::Demoting || (self.failed && self.diskless.is_none()) {
             return;
         }
         if self.parked_in_demotion() {
@@ -776,6 +795,9 @@ impl Core {
         }
         if self.demotion_recording {
             return;
+        }
+        if self.diskless.is_some() {
+            return self.diskless_demoted(out);
         }
         self.demotion_recording = true;
         for at in 0..self.peers.len() {
@@ -845,6 +867,10 @@ impl Core {
         self.trim_window(out);
         self.peers[at].is_primary = false;
         self.peers[at].flushed = self.issued;
+        if self.peers[at].diskless {
+            // What it lacks is in the window no longer than this session.
+            self.primary_gone(at, out);
+        }
         let slot = self.peers[at].slot;
         self.notice(
             Level::Info,
@@ -870,6 +896,9 @@ impl Core {
         self.dropping = false;
         self.generation_unknown_to = SlotSet::EMPTY;
         self.end_client_io(Status::NotPrimary, false, out);
+        self.diskless_end_reads(out);
+        self.diskless_buffers(out);
+        self.diskless = None;
         for at in 0..self.peers.len() {
             if matches!(
                 self.peers[at].relation,
@@ -912,6 +941,12 @@ impl Core {
         }
         self.failed = true;
         self.sb.state = CopyState::Failed;
+        if self.commit.in_flight.is_none() {
+            self.commits_failed(out);
+        }
+        if self.go_diskless(what, out) {
+            return;
+        }
         let text = format!(
             "{what}: this copy is out of service, its data counts as lost until the disk is replaced; \
              promote another copy"

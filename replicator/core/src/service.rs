@@ -63,6 +63,11 @@ pub(crate) enum Then {
     RolledBack,
     /// `undo_lost` is durable, or the copy it belonged to is given up.
     UndoOver,
+    /// A primary's disk failed and this copy serves for it.
+    DiskLostStored {
+        peer: usize,
+        session: SessionId,
+    },
 }
 
 /// Writes of the lead superblock: one in flight, the rest accumulates.
@@ -139,7 +144,10 @@ pub(crate) struct Volume {
 pub(crate) struct Promotion {
     pub admin: AdminId,
     pub epoch: Epoch,
+    /// It is a force: its generation says so.
     pub force: bool,
+    /// A person allowed a force, whether or not it came to that.
+    pub insisted: bool,
     /// Copies whose reply or acknowledgement is missing.
     pub waiting_for: SlotSet,
     /// Copies that raised their gate.
@@ -202,6 +210,8 @@ pub struct Core {
     /// Client writes that wait for a missing member of S.
     pub(crate) parked: bool,
     pub(crate) undo: crate::undoing::Undoing,
+    /// The own disk failed and a member of S serves for it (D13).
+    pub(crate) diskless: Option<crate::diskless::Diskless>,
 }
 
 /// A request in several pieces (large zeroes).
@@ -290,6 +300,7 @@ impl Core {
         let key = op.0 as usize;
         match self.ops.get(key) {
             Some(Op::Read { .. }) => self.read_done(key, result, out),
+            Some(Op::ServeRead { .. }) => self.serve_read_done(key, result, out),
             Some(Op::Client(_)) => self.client_disk_done(key, result, out),
             Some(Op::Apply(_)) => self.apply_disk_done(key, result, out),
             Some(Op::LocalFlush) => self.local_flush_done(key, result, out),
@@ -368,13 +379,32 @@ impl Core {
 
     fn superblock_done(&mut self, result: Result<(), DiskError>, out: &mut Actions) {
         let thens = self.commit.in_flight.take().unwrap_or_default();
-        if result.is_err() {
-            return self.disk_failed("the superblock could not be written", out);
+        if result.is_err() || self.failed {
+            self.commit.waiting.splice(0..0, thens);
+            self.disk_failed("the superblock could not be written", out);
+            return self.commits_failed(out);
         }
         for then in thens {
             self.then(then, out);
         }
         self.pump_commit(out);
+    }
+
+    /// The disk failed: nothing that waits for it to record anything happens, and who asked is told.
+    pub(crate) fn commits_failed(&mut self, out: &mut Actions) {
+        for then in std::mem::take(&mut self.commit.waiting) {
+            if let Then::Admin { admin, .. } = then {
+                let refusal = crate::roles::refusal(
+                    "the disk of this copy failed before the change was recorded",
+                    "The other copies are untouched",
+                    "Look at the status; replace the disk",
+                );
+                out.push(Action::AdminDone {
+                    admin,
+                    result: Err(refusal),
+                });
+            }
+        }
     }
 
     fn then(&mut self, then: Then, out: &mut Actions) {
@@ -409,6 +439,7 @@ impl Core {
             }),
             Then::RolledBack => self.rolled_back(out),
             Then::UndoOver => self.undo_drop(out),
+            Then::DiskLostStored { peer, session } => self.disk_lost_stored(peer, session, out),
         }
     }
 
@@ -584,7 +615,7 @@ impl Core {
 
     /// Heartbeats, time-outs, stability on time.
     fn timers(&mut self, out: &mut Actions) {
-        if self.role == Role::Detached || self.failed {
+        if self.role == Role::Detached || (self.failed && self.diskless.is_none()) {
             return;
         }
         for at in 0..self.peers.len() {

@@ -55,6 +55,9 @@ impl Core {
     ) {
         self.ops.remove(key);
         self.flush.left -= 1;
+        if self.failed {
+            return;
+        }
         self.flush.failed |= result.is_err();
         if self.flush.failed {
             // What the disk lost after a failed flush is unknown: never try again on top of it (D14).
@@ -102,6 +105,14 @@ impl Core {
     /// Flushed by every member of the committed and the pending S, as this primary knows.
     pub(crate) fn stable_position(&self) -> Position {
         let mut stable = self.local_flushed;
+        if let Some(server) = self
+            .diskless
+            .as_ref()
+            .and_then(|d| self.peer_index(d.server))
+        {
+            // Its own disk counts for nothing.
+            return self.peers[server].flushed;
+        }
         let required = self.required();
         for peer in &self.peers {
             if required.contains(peer.slot) {
@@ -121,6 +132,9 @@ impl Core {
         let floor = match self.role {
             Role::Primary | Role::Demoting => {
                 let mut floor = self.local_flushed;
+                if self.diskless.is_some() {
+                    floor = self.stable_position();
+                }
                 for peer in &self.peers {
                     if matches!(
                         peer.relation,
@@ -166,7 +180,7 @@ impl Core {
         }
         for at in 0..self.peers.len() {
             let peer = &self.peers[at];
-            if !peer.is_primary && !self.sb.in_sync.contains(peer.slot) {
+            if (!peer.is_primary || peer.diskless) && !self.sb.in_sync.contains(peer.slot) {
                 self.set_bits(at, entry.volume, entry.offset, entry.length);
             }
         }
@@ -197,7 +211,8 @@ impl Core {
     }
 
     pub(crate) fn flush_for_stability(&mut self, out: &mut Actions) {
-        if self.stable_flush_running || self.role != Role::Primary || self.failed {
+        let stopped = self.failed && !self.diskless_serves();
+        if self.stable_flush_running || self.role != Role::Primary || stopped {
             return;
         }
         // Nothing but flushes in the window: no need.
@@ -209,7 +224,7 @@ impl Core {
         for peer in &mut self.peers {
             peer.wants_stable = false;
         }
-        self.begin_flush(None, out);
+        let _position = self.begin_flush(None, out);
     }
 
     // --- dirty bits ---

@@ -55,7 +55,11 @@ impl Core {
             }
             return out.push(Action::Complete { request, status });
         }
-        if self.suspended || !self.held.is_empty() || (is_write && self.congestion_blocks()) {
+        if self.suspended
+            || !self.held.is_empty()
+            || self.diskless_holds()
+            || (is_write && self.congestion_blocks())
+        {
             self.held.push_back(event);
             return;
         }
@@ -70,7 +74,7 @@ impl Core {
         if self.role != Role::Primary {
             return Some(Status::NotPrimary);
         }
-        if self.failed {
+        if self.out_of_service() {
             return Some(Status::Io);
         }
         let (volume, offset, length) = place?;
@@ -90,14 +94,14 @@ impl Core {
 
     /// Requests held back go on, in their order.
     pub(crate) fn release_held(&mut self, out: &mut Actions) {
-        while !self.suspended && !self.congestion_blocks() {
+        while !self.suspended && !self.congestion_blocks() && !self.diskless_holds() {
             let Some(event) = self.held.pop_front() else {
                 break;
             };
-            if self.role == Role::Primary && !self.failed {
+            if self.role == Role::Primary && !self.out_of_service() {
                 self.admit(event, out);
             } else {
-                let status = if self.failed {
+                let status = if self.out_of_service() {
                     Status::Io
                 } else {
                     Status::NotPrimary
@@ -133,7 +137,17 @@ impl Core {
             } => {
                 self.counters.reads += 1;
                 self.counters.read_bytes += u64::from(length);
-                let op = OpId(self.ops.insert(Op::Read { request, buf }) as u64);
+                let key = self.ops.insert(Op::Read {
+                    request,
+                    volume,
+                    offset,
+                    length,
+                    buf,
+                });
+                if self.diskless.is_some() {
+                    return self.read_remotely(key, out);
+                }
+                let op = OpId(key as u64);
                 out.push(Action::DiskRead {
                     op,
                     volume,
@@ -205,7 +219,7 @@ impl Core {
             }
             Event::Flush { request } => {
                 self.counters.flushes += 1;
-                self.begin_flush(Some(request), out);
+                let _position = self.begin_flush(Some(request), out);
             }
             Event::Lock {
                 request,
@@ -284,6 +298,7 @@ impl Core {
             local_failed: false,
             legs: [Leg::None; MAX_COPIES],
             replied: false,
+            holds_buf: false,
             internal: false,
             in_overlap: true,
             issued_at: self.now.0,
@@ -358,6 +373,10 @@ impl Core {
             return;
         };
         op.stage = Stage::Log;
+        if self.diskless.is_some() {
+            // There is no log to write: the server keeps one.
+            return self.issue(key, out);
+        }
         let (volume, offset, length) = (op.volume, op.offset, op.length);
         if self.log_waiting.is_empty() && self.try_hold(volume, offset, length) {
             self.issue(key, out);
@@ -372,13 +391,18 @@ impl Core {
         // A demotion or failure between arrival and here: nothing is issued any more.
         let internal = matches!(self.ops.get(key), Some(Op::Client(op)) if op.internal);
         let may_issue = self.role == Role::Primary || (internal && self.role == Role::Demoting);
-        if !may_issue || self.failed {
-            let status = if self.failed {
+        if !may_issue || self.out_of_service() {
+            let status = if self.out_of_service() {
                 Status::Io
             } else {
                 Status::NotPrimary
             };
-            return self.abandon(key, true, status, out);
+            // The log of a failed disk is not written any more, so nothing is held in it.
+            return self.abandon(key, !self.failed, status, out);
+        }
+        let diskless = self.diskless.is_some();
+        if diskless && !internal && !self.diskless_serves() {
+            return self.diskless_wait(key);
         }
         self.issued += 1;
         let position = self.issued;
@@ -398,8 +422,8 @@ impl Core {
             offset,
             length,
             op: key as u32,
-            local_done: is_flush,
-            holds_log: !is_flush && self.tuning.activity_log,
+            local_done: is_flush || diskless,
+            holds_log: !is_flush && self.tuning.activity_log && !diskless,
         });
         // The peers' legs.
         let mut legs = [Leg::None; MAX_COPIES];
@@ -423,8 +447,12 @@ impl Core {
             };
         }
         if let Some(Op::Client(op)) = self.ops.get_mut(key) {
-            op.local_left = 1;
+            op.local_left = u32::from(!diskless);
+            op.holds_buf = diskless && matches!(data, Data::Buf { .. });
             op.legs = legs;
+        }
+        if diskless {
+            return;
         }
         // The local leg comes last: a flush of a clean disk is over at once, and must find its other legs set.
         match data {
@@ -518,11 +546,13 @@ impl Core {
         header.position = position;
         header.offset = offset;
         header.length = length as u32;
-        header.flags.fua = fua;
+        // D13: without a disk here, what completes must be durable there.
+        let diskless = self.diskless.is_some();
+        header.flags.fua = fua || diskless;
         // D3: a copy whose acknowledgement every completion waits for has everything that completed before;
         // any other must not overtake it.
         let peer = &self.peers[at];
-        let waits = peer.mode == Mode::Sync && required.contains(peer.slot);
+        let waits = (peer.mode == Mode::Sync || diskless) && required.contains(peer.slot);
         header.dependency = if waits { 0 } else { self.completed_max };
         let payload = match data {
             Data::Buf {
@@ -560,7 +590,12 @@ impl Core {
             .with(self.slot)
     }
 
-    pub(crate) fn begin_flush(&mut self, request: Option<RequestId>, out: &mut Actions) {
+    /// Starts a flush of everything before it; returns its place in the order.
+    pub(crate) fn begin_flush(
+        &mut self,
+        request: Option<RequestId>,
+        out: &mut Actions,
+    ) -> Position {
         let op = ClientOp {
             request: request.unwrap_or(RequestId(u64::MAX)),
             part_of_many: false,
@@ -575,12 +610,14 @@ impl Core {
             local_failed: false,
             legs: [Leg::None; MAX_COPIES],
             replied: false,
+            holds_buf: false,
             internal: request.is_none(),
             in_overlap: false,
             issued_at: self.now.0,
         };
         let key = self.ops.insert(Op::Client(op));
         self.issue(key, out);
+        self.issued
     }
 
     /// The local disk answered a write of the application.
@@ -601,7 +638,10 @@ impl Core {
             out.push(Action::ReleaseBuf { buf });
         }
         if result.is_err() {
-            return self.disk_failed("a write of the application failed", out);
+            self.disk_failed("a write of the application failed", out);
+            if self.diskless.is_none() {
+                return;
+            }
         }
         // From its completion on a write needs a flush: one that began before may not have covered it.
         if let Some(Op::Client(op)) = self.ops.get(key) {
@@ -625,17 +665,19 @@ impl Core {
         let required = self.required();
         let modes = self.modes();
         let may_complete = self.may_complete();
+        let diskless = self.diskless_serves();
+        let mut free = None;
         let Some(Op::Client(op)) = self.ops.get_mut(key) else {
             return;
         };
         if op.stage != Stage::Issued {
             return;
         }
-        if !op.replied && op.local_left == 0 && !op.local_failed {
+        if !op.replied && ((op.local_left == 0 && !op.local_failed) || diskless) {
             let held_by = required.iter().filter(|s| *s != self.slot).find(|s| {
                 !match op.legs[s.0 as usize] {
                     Leg::Acked => true,
-                    Leg::Received => modes[s.0 as usize] == Mode::SemiSync,
+                    Leg::Received => modes[s.0 as usize] == Mode::SemiSync && !diskless,
                     // Not concerned: it joined after this was issued, and had to have it before it joined.
                     Leg::None => true,
                     Leg::InFlight | Leg::Bits => false,
@@ -646,6 +688,12 @@ impl Core {
                     op.replied = true;
                     let (position, request) = (op.position, op.request);
                     let (many, internal) = (op.part_of_many, op.internal);
+                    if let (Data::Buf { buf, .. }, true) =
+                        (op.data, std::mem::take(&mut op.holds_buf))
+                    {
+                        out.push(Action::ReleaseBuf { buf });
+                    }
+                    free = (diskless && std::mem::take(&mut op.in_overlap)).then_some(key);
                     self.completed_max = self.completed_max.max(position);
                     if internal {
                     } else if many {
@@ -664,6 +712,9 @@ impl Core {
             }
         }
         self.forget_if_settled(key, out);
+        if let Some(key) = free {
+            self.leave_overlap(key, out);
+        }
     }
 
     /// No completion while a new generation is not known to every connected copy (D10), nor between the
@@ -672,12 +723,12 @@ impl Core {
         self.role != Role::Secondary
             && !self.dropping
             && self.generation_unknown_to.is_empty()
-            && !self.failed
+            && (!self.failed || self.diskless_serves())
     }
 
     /// The flush that ends a demotion: everything, everywhere.
     pub(crate) fn begin_demote_flush(&mut self, out: &mut Actions) {
-        self.begin_flush(None, out);
+        let _position = self.begin_flush(None, out);
     }
 
     fn modes(&self) -> [Mode; MAX_COPIES] {
@@ -832,19 +883,24 @@ impl Core {
             })
             .collect();
         for key in parked {
-            if let Some(Op::Client(op)) = self.ops.get_mut(key) {
-                op.replied = true;
-                let (request, many, internal) = (op.request, op.part_of_many, op.internal);
-                if internal {
-                } else if many {
-                    self.piece_done(request, status, out);
-                } else {
-                    out.push(Action::Complete { request, status });
-                }
-            }
-            self.forget_if_settled(key, out);
+            self.end_issued(key, status, out);
         }
         self.parked = false;
+    }
+
+    /// An operation on its way is answered with an error; what is still open of it stays until it ends.
+    pub(crate) fn end_issued(&mut self, key: usize, status: Status, out: &mut Actions) {
+        if let Some(Op::Client(op)) = self.ops.get_mut(key) {
+            op.replied = true;
+            let (request, many, internal) = (op.request, op.part_of_many, op.internal);
+            if internal {
+            } else if many {
+                self.piece_done(request, status, out);
+            } else {
+                out.push(Action::Complete { request, status });
+            }
+        }
+        self.forget_if_settled(key, out);
     }
 
     pub(crate) fn read_done(
@@ -853,6 +909,12 @@ impl Core {
         result: Result<(), DiskError>,
         out: &mut Actions,
     ) {
+        if result.is_err() {
+            self.disk_failed("a read of the application failed", out);
+            if self.diskless.is_some() {
+                return self.read_remotely(key, out);
+            }
+        }
         let Op::Read { request, .. } = self.ops.remove(key) else {
             return;
         };
@@ -861,9 +923,6 @@ impl Core {
             Err(_) => Status::Io,
         };
         out.push(Action::Complete { request, status });
-        if result.is_err() {
-            self.disk_failed("a read of the application failed", out);
-        }
     }
 
     /// Client operations that were issued and not answered.

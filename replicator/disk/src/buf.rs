@@ -398,6 +398,31 @@ impl ReadBuf {
     pub(crate) fn buf(&self) -> &Buf {
         &self.buf
     }
+
+    /// Writes `bytes` at byte `at` of the buffer, in place of a disk (another machine's disk read them).
+    ///
+    /// # Panics
+    /// If they do not fit.
+    pub fn fill(&self, at: usize, bytes: &[u8]) {
+        let inner = &self.buf.inner;
+        assert!(
+            at.checked_add(bytes.len())
+                .is_some_and(|end| end <= inner.len),
+            "{} bytes at {at} do not fit into a buffer of {}",
+            bytes.len(),
+            inner.len
+        );
+        // SAFETY: inside the buffer, as checked. While a `ReadBuf` lives no slice of the buffer is handed out
+        // (`as_slice` and `get_mut` look at `kernel_writers` and at the handles), so nothing else in this process
+        // reads or writes these bytes; `Rc` keeps all of it on one thread.
+        unsafe {
+            std::ptr::copy_nonoverlapping(
+                bytes.as_ptr(),
+                inner.ptr().as_ptr().add(at),
+                bytes.len(),
+            );
+        }
+    }
 }
 
 impl Clone for ReadBuf {
@@ -532,6 +557,25 @@ mod tests {
         let mut buf = pool.try_alloc(512).expect("room");
         let _target = buf.read_target();
         let _ = buf.as_slice();
+    }
+
+    #[test]
+    fn what_is_filled_in_place_of_a_disk_is_read_afterwards() {
+        let pool = pool(1, 0);
+        let mut buf = pool.try_alloc(1024).expect("room");
+        let target = buf.read_target().expect("the only handle");
+        target.fill(512, &[9; 512]);
+        drop(target);
+        assert_eq!(buf.as_slice()[511..513], [0, 9]);
+    }
+
+    #[test]
+    #[should_panic(expected = "do not fit")]
+    fn a_fill_past_the_end_is_refused() {
+        let pool = pool(1, 0);
+        let mut buf = pool.try_alloc(512).expect("room");
+        let target = buf.read_target().expect("the only handle");
+        target.fill(511, &[1, 2]);
     }
 
     #[test]

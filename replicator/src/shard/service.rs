@@ -355,6 +355,17 @@ impl Service {
                 self.table.remove(buf);
                 Ok(())
             }
+            Action::CopyBuf { from, to, length } => {
+                let length = length as usize;
+                let bytes = self.entry(from, length as u32)?.bytes()[..length].to_vec();
+                let entry = self.table.get_mut(to).filter(|entry| entry.len >= length);
+                let entry = entry.ok_or_else(|| format!("the core copies into buffer {to:?}, which is not there"))?;
+                let target = entry
+                    .read_target()
+                    .ok_or_else(|| format!("the core copies into buffer {to:?} while it is in use"))?;
+                target.fill(entry.at, &bytes);
+                Ok(())
+            }
             Action::Hash { op, buf, length } => {
                 let digest = xxhash_rust::xxh3::xxh3_128(&self.entry(buf, length)?.bytes()[..length as usize]);
                 self.events.push_back(Event::HashDone { op, digest });

@@ -49,6 +49,8 @@ pub struct Node {
     pub wants: Vec<Slot>,
     pub starts: u64,
     pub reads: BTreeMap<RequestId, (BufId, Vec<u8>)>,
+    /// The disk answers everything with an error.
+    pub broken: bool,
 }
 
 pub struct World {
@@ -168,6 +170,7 @@ impl World {
                 wants: Vec::new(),
                 starts: 0,
                 reads: BTreeMap::new(),
+                broken: false,
             });
         }
         world
@@ -328,6 +331,11 @@ impl World {
                         fua,
                     });
                 }
+                Action::CopyBuf { from, to, length } => {
+                    let bytes = self.nodes[n].bufs[&from.0][..length as usize].to_vec();
+                    self.nodes[n].bufs.get_mut(&to.0).unwrap()[..bytes.len()]
+                        .copy_from_slice(&bytes);
+                }
                 Action::Hash { op, buf, length } => {
                     let digest = self.nodes[n].bufs[&buf.0][..length as usize]
                         .iter()
@@ -484,6 +492,9 @@ impl World {
 
     fn finish_disk(&mut self, n: usize, at: usize) {
         let action = self.nodes[n].pending.remove(at);
+        if self.nodes[n].broken {
+            return self.finish_with_error(n, &action);
+        }
         // A read returns what is there when it ends.
         match &action {
             Action::DiskRead {
@@ -530,6 +541,49 @@ impl World {
             _ => unreachable!(),
         };
         self.event(n, event);
+    }
+
+    fn finish_with_error(&mut self, n: usize, action: &Action) {
+        let result = Err(DiskError::Io);
+        let event = match action {
+            Action::DiskWrite { op, buf, .. } => {
+                self.nodes[n].bufs.remove(&buf.0);
+                Event::DiskDone { op: *op, result }
+            }
+            Action::DiskRead { op, .. }
+            | Action::DiskZero { op, .. }
+            | Action::DiskFlush { op, .. } => Event::DiskDone { op: *op, result },
+            Action::MetaWrite { op, .. }
+            | Action::MetaWriteBuf { op, .. }
+            | Action::MetaReadBuf { op, .. } => Event::MetaDone { op: *op, result },
+            _ => unreachable!(),
+        };
+        self.event(n, event);
+    }
+
+    /// Reads `length` bytes on node `n`; the bytes are in `read_bytes` once it completed.
+    pub fn read(&mut self, n: usize, volume: u16, offset: u64, length: u32) -> RequestId {
+        let request = RequestId(self.next_request);
+        self.next_request += 1;
+        let buf = BufId(request.0 + (1 << 40));
+        self.nodes[n]
+            .bufs
+            .insert(buf.0, vec![0xee; length as usize]);
+        self.event(
+            n,
+            Event::Read {
+                request,
+                volume: VolumeIndex(volume),
+                offset,
+                length,
+                buf,
+            },
+        );
+        request
+    }
+
+    pub fn read_bytes(&mut self, n: usize, request: RequestId) -> Vec<u8> {
+        self.nodes[n].bufs[&(request.0 + (1 << 40))].clone()
     }
 
     fn deliver(&mut self, from: usize, to: usize) {

@@ -1,0 +1,312 @@
+//! D13: the primary's disk fails and the service goes on through a member of S.
+
+mod world;
+
+use holdfast_replicator_core::api::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+use std::collections::BTreeMap;
+use world::*;
+
+const SIZE: u64 = 1 << 20;
+
+fn pair(seed: u64, modes: &[Mode], policy: OnPeerLoss) -> World {
+    let mut w = World::new(seed, modes, policy, &[SIZE], true);
+    for n in 0..modes.len() {
+        w.start(n);
+    }
+    let all: Vec<usize> = (0..modes.len()).collect();
+    w.until("the copies agree", 4000, |w| w.settled(&all));
+    w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+    w
+}
+
+/// Writes of one block each, stamped; the newest acknowledged one of a block wins.
+#[derive(Default)]
+struct Blocks {
+    issued: BTreeMap<u64, Vec<(RequestId, u8)>>,
+    next: u8,
+}
+
+impl Blocks {
+    fn write(&mut self, w: &mut World, count: usize) {
+        for _ in 0..count {
+            let block = w.rng.below(32);
+            self.next = self.next.wrapping_add(1).max(1);
+            let request = w.write(0, 0, block * BLOCK, vec![self.next; BLOCK as usize], false);
+            self.issued
+                .entry(block)
+                .or_default()
+                .push((request, self.next));
+            let steps = w.rng.below(6) as usize;
+            w.steps(steps);
+        }
+    }
+
+    fn answered(&self, w: &World) -> bool {
+        self.issued
+            .values()
+            .flatten()
+            .all(|(r, _)| w.status_of(0, *r).is_some())
+    }
+
+    /// The values a block may have: the newest acknowledged, or an unacknowledged one issued after it.
+    fn legal(&self, w: &World, block: u64) -> Vec<u8> {
+        let mut legal = vec![0];
+        for (request, value) in self.issued.get(&block).into_iter().flatten() {
+            if w.status_of(0, *request) == Some(Status::Ok) {
+                legal.clear();
+            }
+            legal.push(*value);
+        }
+        legal
+    }
+
+    fn check(&self, w: &World, holder: usize) {
+        for block in self.issued.keys() {
+            let at = (block * BLOCK) as usize;
+            let held = w.nodes[holder].disk.data[0][at];
+            let legal = self.legal(w, *block);
+            assert!(
+                legal.contains(&held),
+                "block {block} holds {held}, one of {legal:?} was acknowledged"
+            );
+        }
+    }
+
+    fn check_durable(&self, w: &World, holder: usize) {
+        for block in self.issued.keys() {
+            let at = (block * BLOCK) as usize;
+            let held = w.nodes[holder].disk.durable[0][at];
+            let legal = self.legal(w, *block);
+            assert!(
+                legal.contains(&held),
+                "block {block} durably holds {held}, one of {legal:?} was acknowledged"
+            );
+        }
+    }
+
+    fn failures(&self, w: &World) -> usize {
+        self.issued
+            .values()
+            .flatten()
+            .filter(|(r, _)| w.status_of(0, *r) != Some(Status::Ok))
+            .count()
+    }
+}
+
+/// What the primary reads through the server is what was acknowledged.
+fn reads_back(w: &mut World, blocks: &Blocks) {
+    for block in blocks.issued.keys() {
+        let request = w.read(0, 0, block * BLOCK, BLOCK as u32);
+        w.until("the read is answered", 20_000, |w| {
+            w.status_of(0, request).is_some()
+        });
+        assert_eq!(w.status_of(0, request), Some(Status::Ok));
+        let bytes = w.read_bytes(0, request);
+        assert!(
+            bytes.iter().all(|b| *b == bytes[0]),
+            "a block is read whole"
+        );
+        let legal = blocks.legal(w, *block);
+        assert!(
+            legal.contains(&bytes[0]),
+            "block {block} reads {}, legal {legal:?}",
+            bytes[0]
+        );
+    }
+}
+
+#[test]
+fn the_service_goes_on_without_the_primarys_disk() {
+    for mode in [Mode::Sync, Mode::SemiSync] {
+        for policy in [OnPeerLoss::Suspend, OnPeerLoss::Continue] {
+            for seed in 0..25 {
+                let mut w = pair(seed, &[mode, mode], policy);
+                let mut blocks = Blocks::default();
+                blocks.write(&mut w, 20);
+                w.nodes[0].broken = true;
+                blocks.write(&mut w, 40);
+                w.until("every write is answered", 100_000, |w| blocks.answered(w));
+                assert_eq!(blocks.failures(&w), 0, "no write failed (seed {seed})");
+                let flush = w.flush(0);
+                w.until("the flush is answered", 20_000, |w| {
+                    w.status_of(0, flush).is_some()
+                });
+                assert_eq!(w.status_of(0, flush), Some(Status::Ok));
+                reads_back(&mut w, &blocks);
+                // FUA only: nothing that completed is in the server's cache alone.
+                blocks.check_durable(&w, 1);
+                let status = w.nodes[1].core.as_ref().unwrap().status(w.now);
+                assert_eq!(status.in_sync, SlotSet::only(Slot(1)));
+                assert!(
+                    w.nodes[1].notices.iter().any(|n| n.kind == "disk-lost"),
+                    "the server says that it holds the only current data"
+                );
+            }
+        }
+    }
+}
+
+#[test]
+fn the_service_moves_to_the_server_and_the_repaired_disk_follows() {
+    for seed in 0..25 {
+        let mut w = pair(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend);
+        let mut blocks = Blocks::default();
+        blocks.write(&mut w, 20);
+        w.nodes[0].broken = true;
+        blocks.write(&mut w, 20);
+        w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        w.command(0, Command::Demote)
+            .unwrap_or_else(|e| panic!("{e}"));
+        w.promote(1, false).unwrap_or_else(|e| panic!("{e}"));
+        blocks.check(&w, 1);
+        // The disk answers again, with its old data: it must come back as a target, never as current (D13).
+        w.crash(0, false);
+        w.nodes[0].broken = false;
+        w.start(0);
+        w.nodes[1].wants = vec![Slot(0)];
+        w.until("both are up to date", 400_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(0) && w.up_to_date(1)
+        });
+        assert_eq!(
+            w.nodes[0].disk.data, w.nodes[1].disk.data,
+            "the copies are equal"
+        );
+        blocks.check(&w, 0);
+    }
+}
+
+#[test]
+fn the_old_disk_is_no_source_even_if_the_diskless_machine_died() {
+    for seed in 0..25 {
+        let mut w = pair(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend);
+        let mut blocks = Blocks::default();
+        blocks.write(&mut w, 20);
+        w.nodes[0].broken = true;
+        blocks.write(&mut w, 20);
+        w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        w.crash(0, true);
+        w.nodes[0].broken = false;
+        if seed % 2 == 0 {
+            // Alone it is refused: the newest epoch's owner is itself.
+            w.cut.push((0, 1));
+            w.start(0);
+            w.promote(0, false).unwrap_err();
+            w.cut.clear();
+        } else {
+            w.start(0);
+        }
+        w.until("both are up to date", 400_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(0) && w.up_to_date(1)
+        });
+        assert_eq!(
+            w.nodes[0].disk.data, w.nodes[1].disk.data,
+            "the copies are equal"
+        );
+        blocks.check(&w, 1);
+    }
+}
+
+#[test]
+fn requests_wait_while_the_server_is_away() {
+    for seed in 0..40 {
+        let mut w = pair(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend);
+        let mut blocks = Blocks::default();
+        blocks.write(&mut w, 10);
+        w.nodes[0].broken = true;
+        blocks.write(&mut w, 10);
+        w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        // In flight when the link, or the whole server with its disk cache, goes.
+        blocks.write(&mut w, 10);
+        let restart = seed % 2 == 1;
+        if restart {
+            w.crash(1, true);
+        } else {
+            w.drop_link(0, 1, "cable");
+        }
+        blocks.write(&mut w, 10);
+        let read = w.read(0, 0, 0, BLOCK as u32);
+        if restart {
+            w.start(1);
+        }
+        w.until("every request is answered", 100_000, |w| {
+            blocks.answered(w) && w.status_of(0, read).is_some()
+        });
+        assert_eq!(blocks.failures(&w), 0, "nothing failed (seed {seed})");
+        assert_eq!(w.status_of(0, read), Some(Status::Ok));
+        reads_back(&mut w, &blocks);
+        blocks.check_durable(&w, 1);
+    }
+}
+
+#[test]
+fn a_server_that_lost_its_cache_before_it_took_over_ends_the_service() {
+    let mut seen = false;
+    for seed in 0..60 {
+        let mut w = pair(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend);
+        let mut blocks = Blocks::default();
+        blocks.write(&mut w, 20);
+        w.nodes[0].broken = true;
+        let steps = w.rng.below(12) as usize;
+        blocks.write(&mut w, 2);
+        w.steps(steps);
+        w.crash(1, true);
+        w.start(1);
+        w.steps(3000);
+        let failed = w.nodes[0].notices.iter().any(|n| n.kind == "volume-failed");
+        seen |= failed;
+        blocks.write(&mut w, 2);
+        w.until("answered one way or the other", 100_000, |w| {
+            blocks.answered(w)
+        });
+        if blocks.failures(&w) == 0 {
+            blocks.check(&w, 1);
+        }
+        if failed {
+            let request = w.write(0, 0, 0, vec![1; 4096], false);
+            assert_eq!(w.status_of(0, request), Some(Status::Io));
+            w.command(0, Command::Demote)
+                .unwrap_or_else(|e| panic!("{e}"));
+        }
+    }
+    assert!(seen, "the case was reached");
+}
+
+#[test]
+fn without_a_copy_that_could_serve_errors_are_told() {
+    let mut w = pair(5, &[Mode::Sync, Mode::Sync], OnPeerLoss::Continue);
+    w.crash(1, false);
+    let first = w.write(0, 0, 0, vec![1; 4096], false);
+    w.until("alone", 20_000, |w| w.status_of(0, first).is_some());
+    w.nodes[0].broken = true;
+    let second = w.write(0, 0, 0, vec![2; 4096], false);
+    w.until("answered", 20_000, |w| w.status_of(0, second).is_some());
+    assert_eq!(w.status_of(0, second), Some(Status::Io));
+}
+
+#[test]
+fn a_third_copy_follows_once_the_service_moved() {
+    for seed in 0..10 {
+        let modes = [Mode::Sync, Mode::Sync, Mode::Async];
+        let mut w = pair(seed, &modes, OnPeerLoss::Suspend);
+        w.until("the third agrees", 50_000, |w| w.settled(&[0, 1, 2]));
+        let mut blocks = Blocks::default();
+        blocks.write(&mut w, 20);
+        w.nodes[0].broken = true;
+        blocks.write(&mut w, 20);
+        w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        w.command(0, Command::Demote)
+            .unwrap_or_else(|e| panic!("{e}"));
+        w.promote(1, false).unwrap_or_else(|e| panic!("{e}"));
+        w.until("the third follows the new primary", 400_000, |w| {
+            w.settled(&[1, 2])
+        });
+        let flush = w.flush(1);
+        w.until("flushed", 20_000, |w| w.status_of(1, flush).is_some());
+        w.until("the third has it all", 20_000, |w| {
+            w.nodes[1].disk.data == w.nodes[2].disk.data
+        });
+        blocks.check(&w, 2);
+    }
+}
