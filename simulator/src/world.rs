@@ -722,6 +722,13 @@ impl World {
                 };
                 self.give_disk(node, op, disk_op, true);
             }
+            Action::CopyBuf { from, to, length } => {
+                let stamps = self.buf(node, from);
+                let count = (u64::from(length) / SECTOR) as usize;
+                if let Some(target) = self.nodes[node].bufs.get_mut(&to.0) {
+                    Rc::make_mut(target)[..count].copy_from_slice(&stamps[..count]);
+                }
+            }
             Action::Hash { op, buf, length } => {
                 let stamps = self.buf(node, buf);
                 let count = (u64::from(length) / SECTOR) as usize;
