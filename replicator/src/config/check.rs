@@ -26,7 +26,7 @@ pub fn environment(config: &Config) -> Result<(), ConfigError> {
         return Err(wrong(
             "node.state_dir".into(),
             format!("{} is not a directory", state_dir.display()),
-            "create it with `holdfast node init`, or correct the path",
+            "create it with `holdfast init`, or correct the path",
         ));
     }
     if !config.node.state_may_be_on_nbd
