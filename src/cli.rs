@@ -39,6 +39,11 @@ pub enum Verb {
     Token(Token),
     /// Join the node that printed the token, so that the two trust each other
     Join(Join),
+    /// Show or change the certificate by which peers know this node
+    #[command(subcommand)]
+    Certificate(Certificate),
+    /// Have the running replicator read its peers and certificates again (as SIGHUP does)
+    Reload,
     /// Run the replicator
     Replicator,
     /// Show services, copies, links, lag and resync
@@ -95,6 +100,25 @@ pub struct Init {
     pub name: Option<String>,
     #[command(flatten)]
     pub state: StateDir,
+}
+
+#[derive(Subcommand)]
+pub enum Certificate {
+    /// Show the fingerprints of the certificate in use and of the next one
+    Show(StateDir),
+    /// Make the next certificate; peers that are connected are told of it
+    Prepare(StateDir),
+    /// Use the next certificate from now on
+    Activate {
+        #[command(flatten)]
+        state: StateDir,
+        /// Even where a peer has not confirmed it: it refuses this node until the two join anew
+        #[arg(long)]
+        force: bool,
+        /// Do not ask before a force
+        #[arg(long, requires = "force")]
+        yes: bool,
+    },
 }
 
 #[derive(Args)]
@@ -189,12 +213,13 @@ pub enum Volume {
         #[arg(long)]
         json: bool,
     },
-    /// Give a volume more room, on all copies, while in use
+    /// Give this node's copy of a volume more room (with the service stopped on every node, and on every node)
     Grow {
         service: String,
         volume: String,
-        /// Bytes, or with a unit as in 20GiB; the backing devices must be this large already
-        size: String,
+        /// Bytes, or with a unit as in 20GiB; a device must be large enough already, a file is made longer
+        /// [default: all that the device has]
+        size: Option<String>,
     },
     /// Start a volume anew on an empty disk, to be filled from the peer (with the replicator stopped)
     ReplaceDisk(VolumeReplace),

@@ -2,7 +2,7 @@
 
 use crate::cli::{Join, Place};
 use crate::failure::{FAILED, Failure, Outcome};
-use crate::output::RESTART;
+use crate::reload;
 use holdfast_replicator::control::membership::{Own, join};
 use std::io::IsTerminal as _;
 
@@ -18,9 +18,10 @@ pub fn run(place: &Place, options: &Join) -> Outcome {
     };
     let peer = join(&own, token.trim()).map_err(|error| Failure::from_error(&error))?;
     say!(
-        "joined node {} ({}); the two trust each other now. {RESTART}",
+        "joined node {} ({}); the two trust each other now. {}",
         peer.name,
-        peer.id
+        peer.id,
+        reload::tell(place)
     );
     Ok(())
 }

@@ -2,6 +2,7 @@
 
 #[macro_use]
 mod output;
+mod certificate;
 mod cli;
 mod completions;
 mod connect;
@@ -20,6 +21,7 @@ mod man;
 mod pause;
 mod progress;
 mod promote;
+mod reload;
 mod replicator;
 mod resume;
 mod resync;
@@ -54,6 +56,8 @@ fn run(place: &cli::Place, verb: &Verb) -> Outcome {
         Verb::Init(options) => init::run(place, options),
         Verb::Token(options) => token::run(place, options),
         Verb::Join(options) => join::run(place, options),
+        Verb::Certificate(verb) => certificate::run(place, verb),
+        Verb::Reload => reload::run(place),
         Verb::Replicator => replicator::run(place),
         Verb::Status(options) => status::run(place, options),
         Verb::Events(options) => events::run(place, options),

@@ -2,9 +2,6 @@
 
 use std::io::{IsTerminal as _, Write as _};
 
-/// Peers are read when a replicator starts.
-pub const RESTART: &str = "A replicator that runs already knows of it once it is restarted.";
-
 /// Prints at once. False when nobody reads any more: a follower then stops quietly.
 pub fn print(text: &str) -> bool {
     let mut out = std::io::stdout().lock();

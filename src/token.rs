@@ -2,7 +2,8 @@
 
 use crate::cli::{Place, Token};
 use crate::failure::{Failure, Outcome};
-use crate::output::{RESTART, print};
+use crate::output::print;
+use crate::reload;
 use holdfast_replicator::control::membership::{Own, wait_for_peer};
 use std::time::Duration;
 
@@ -30,8 +31,10 @@ pub fn run(place: &Place, options: &Token) -> Outcome {
     )
     .map_err(|error| Failure::from_error(&error))?;
     eprintln!(
-        "node {} ({}) has joined; the two trust each other now. {RESTART}",
-        peer.name, peer.id
+        "node {} ({}) has joined; the two trust each other now. {}",
+        peer.name,
+        peer.id,
+        reload::tell(place)
     );
     Ok(())
 }

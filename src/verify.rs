@@ -5,7 +5,7 @@ use crate::failure::{FOUND_BAD, Failure, Outcome};
 use crate::progress::Progress;
 use holdfast_replicator::control::client::ClientError;
 use holdfast_replicator::control::follow;
-use holdfast_replicator::control::protocol::ServiceCommand;
+use holdfast_replicator::control::protocol::{FaultCode, ServiceCommand};
 use holdfast_replicator::control::render;
 use std::time::Duration;
 
@@ -22,7 +22,7 @@ pub fn run(place: &Place, options: &Verify) -> Outcome {
     };
     let answered = match place.connect()?.begin(&session.service, command, PATIENCE) {
         // A short one has ended by now, and what it found is an answer, not a failure to look.
-        Err(ClientError::Fault(fault)) if fault.what.starts_with("DIFFERENT") => {
+        Err(ClientError::Fault(fault)) if fault.code == FaultCode::CopiesDiffer => {
             return Err(Failure {
                 code: FOUND_BAD,
                 ..ClientError::Fault(fault).into()

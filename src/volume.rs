@@ -6,7 +6,6 @@ use crate::failure::{FAILED, Failure, Outcome};
 use crate::output::{json_line, print};
 use holdfast_replicator::config::parse_size;
 use holdfast_replicator::control::dump;
-use holdfast_replicator::control::protocol::ServiceCommand;
 use holdfast_replicator::control::render;
 use holdfast_replicator::create::{self, CreateOptions, Created};
 
@@ -19,7 +18,7 @@ pub fn run(place: &Place, verb: &Volume) -> Outcome {
             service,
             volume,
             size,
-        } => grow(place, service, volume, size),
+        } => grow(place, service, volume, size.as_deref()),
         Volume::ReplaceDisk(options) => replace_disk(place, options),
         Volume::Remove(options) => remove(place, options),
     }
@@ -152,13 +151,17 @@ fn list(place: &Place, json: bool) -> Outcome {
     Ok(())
 }
 
-fn grow(place: &Place, service: &str, volume: &str, text: &str) -> Outcome {
-    let size = size(text)?;
-    let command = ServiceCommand::Grow {
-        volume: volume.to_string(),
-        size,
-    };
-    say!("{}", place.connect()?.command(service, command)?);
+fn grow(place: &Place, service: &str, volume: &str, text: Option<&str>) -> Outcome {
+    let size = text.map(size).transpose()?;
+    let config = place.configuration()?;
+    let grown = create::grow(&config, service, volume, size).map_err(failed)?;
+    say!(
+        "volume {volume} of service {service} on {}: {} became {}. Grow it on every other node too, then start the \
+         replicators: copies of different size do not connect.",
+        grown.path.display(),
+        render::bytes(grown.before),
+        render::bytes(grown.after)
+    );
     Ok(())
 }
 

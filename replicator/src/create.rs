@@ -8,10 +8,10 @@
 pub mod detect;
 mod grow;
 
-pub use grow::{Grown, grow};
+pub use grow::{Grown, grow, grow_telling};
 
 use crate::config::{Config, MetadataPlace, NodeRef, ServiceConfig, VolumeConfig};
-use crate::place::{self, BLOCK, Hints, Locator, PlaceError, open_backing};
+use crate::place::{self, BLOCK, Hints, Locator, PlaceError, Told, open_backing};
 use holdfast_disk::{Backing, BackingKind, DiskError, OpenOptions};
 use holdfast_link::{Identity, LinkError, PeerStore};
 use holdfast_replicator_core::api::{MetaPlace, PeerParameters};
@@ -314,11 +314,14 @@ fn make(
     let mut hints = Hints::load(state_dir);
     for volume in &prepared {
         if options.zero && !volume.zeroed {
-            place::zero(&volume.data, 0, volume.data_size).map_err(|source| {
-                VolumeError::Write {
-                    volume: volume.config.name.clone(),
-                    source,
-                }
+            Told {
+                backing: &volume.data,
+                before: &|_| (),
+            }
+            .zero(0, volume.data_size)
+            .map_err(|source| VolumeError::Write {
+                volume: volume.config.name.clone(),
+                source,
             })?;
         }
         write(volume, volume_id(service.id, volume.config.index), &images)?;

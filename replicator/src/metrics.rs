@@ -386,6 +386,9 @@ mod tests {
         async fn command(&self, _: &str, _: Command) -> AdminResult {
             Ok(String::new())
         }
+        async fn reload(&self) -> AdminResult {
+            Ok(String::new())
+        }
         async fn explain_handshake(&self, _: &str, _: &str) -> Result<String, Refusal> {
             Ok(String::new())
         }

@@ -53,6 +53,70 @@ pub enum PlaceError {
     },
 }
 
+/// One step of a change whose order makes a crash harmless, told before it is taken.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct Step<'a> {
+    /// The file or device it is about.
+    pub path: &'a Path,
+    pub kind: StepKind,
+}
+
+/// What a [`Step`] does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum StepKind {
+    /// Makes a file longer.
+    Lengthen,
+    /// Writes these bytes.
+    Write { offset: u64, length: u64 },
+    /// Makes what was written durable.
+    Flush,
+    /// Puts a new file in the place of the old one.
+    Replace,
+}
+
+/// Told of each step before it is taken.
+pub type Before<'a> = &'a dyn Fn(Step);
+
+/// A backing that says what is about to be done to it.
+#[derive(Clone, Copy)]
+pub(crate) struct Told<'a> {
+    pub backing: &'a Backing,
+    pub before: Before<'a>,
+}
+
+impl Told<'_> {
+    /// As [`Backing::write_all_at`].
+    pub fn write_all_at(&self, offset: u64, bytes: &[u8]) -> Result<(), DiskError> {
+        let length = bytes.len() as u64;
+        (self.before)(Step {
+            path: self.backing.path(),
+            kind: StepKind::Write { offset, length },
+        });
+        self.backing.write_all_at(offset, bytes)
+    }
+
+    /// As [`Backing::sync`].
+    pub fn sync(&self) -> Result<(), DiskError> {
+        (self.before)(Step {
+            path: self.backing.path(),
+            kind: StepKind::Flush,
+        });
+        self.backing.sync()
+    }
+
+    /// Writes zeroes over a range of whole sectors, durably. Blocks.
+    pub fn zero(&self, from: u64, to: u64) -> Result<(), DiskError> {
+        let zeroes = vec![0; 4 << 20];
+        let mut at = from;
+        while at < to {
+            let length = (to - at).min(zeroes.len() as u64);
+            self.write_all_at(at, &zeroes[..length as usize])?;
+            at += length;
+        }
+        self.sync()
+    }
+}
+
 /// What the last block of a backing with internal metadata says.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct Locator {
@@ -210,7 +274,19 @@ pub fn open(
             }
             match found {
                 Some(locator) => Ok(Opened {
-                    data: finish_growing(data, locator, options.read_only).map_err(disk)?,
+                    data: {
+                        if !options.read_only {
+                            finish_growing(
+                                Told {
+                                    backing: &data,
+                                    before: &|_| (),
+                                },
+                                locator,
+                            )
+                            .map_err(disk)?;
+                        }
+                        data
+                    },
                     external: None,
                     base: locator.area_offset,
                     data_limit: locator.area_offset,
@@ -230,36 +306,20 @@ pub fn open(
 
 /// Zeroes what a volume was grown over, if that was not finished, and says so in the locator. Nothing else may use the
 /// backing before: another copy has zeroes there.
-pub(crate) fn finish_growing(
-    data: Backing,
-    locator: Locator,
-    read_only: bool,
-) -> Result<Backing, DiskError> {
+pub(crate) fn finish_growing(data: Told, locator: Locator) -> Result<(), DiskError> {
     let (from, to) = locator.zero;
-    if from < to && !read_only {
-        zero(&data, from, to)?;
+    if from < to {
+        data.zero(from, to)?;
         let done = Locator {
             zero: (0, 0),
             ..locator
         };
-        if let Some(at) = Locator::offset(data.size()) {
+        if let Some(at) = Locator::offset(data.backing.size()) {
             data.write_all_at(at, &done.encode())?;
         }
         data.sync()?;
     }
-    Ok(data)
-}
-
-/// Writes zeroes over a range of whole sectors, durably. Blocks.
-pub(crate) fn zero(data: &Backing, from: u64, to: u64) -> Result<(), DiskError> {
-    let zeroes = vec![0; 4 << 20];
-    let mut at = from;
-    while at < to {
-        let length = (to - at).min(zeroes.len() as u64);
-        data.write_all_at(at, &zeroes[..length as usize])?;
-        at += length;
-    }
-    data.sync()
+    Ok(())
 }
 
 /// The sizes that backings with internal metadata had when they were last used, in `places.json` of the state

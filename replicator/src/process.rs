@@ -5,6 +5,7 @@
 //! an agent.
 
 use crate::config::{Config, ConfigError, check};
+use crate::control::node::Node as _;
 use crate::control::protocol::LevelName;
 use crate::control::server::{ListenError, Server};
 use crate::events::{EventLog, EventLogError};
@@ -135,7 +136,13 @@ impl Replicator {
         let metrics_address = scrapes
             .as_ref()
             .and_then(|listener| listener.local_addr().ok());
-        let (handle, messages) = NodeHandle::new(config.node.name.clone(), log.clone());
+        let (identity, peers) = (Arc::new(identity), Arc::new(PeerStore::load(&state_dir)?));
+        let (handle, messages) = NodeHandle::new(
+            config.node.name.clone(),
+            log.clone(),
+            identity.clone(),
+            peers.clone(),
+        );
         let names: Vec<&str> = config
             .services
             .iter()
@@ -153,8 +160,8 @@ impl Replicator {
         );
         log.node(LevelName::Info, "started", text);
         let setup = Setup {
-            peers: Arc::new(PeerStore::load(&state_dir)?),
-            identity: Arc::new(identity),
+            peers,
+            identity,
             log: log.clone(),
             metrics: metrics.clone(),
             messages,
@@ -306,9 +313,10 @@ pub fn run(file: &Path) -> Result<(), ProcessError> {
             tokio::select! {
                 _ = terminate.recv() => break,
                 _ = interrupt.recv() => break,
-                _ = hangup.recv() => {
-                    tracing::info!("SIGHUP: the configuration is read at start only; nothing was changed");
-                }
+                _ = hangup.recv() => match replicator.handle().reload().await {
+                    Ok(text) => tracing::info!("SIGHUP: {text}"),
+                    Err(refusal) => tracing::error!("SIGHUP: {refusal}"),
+                },
             }
         }
         notify_supervisor("STOPPING=1");

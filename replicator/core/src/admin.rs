@@ -1,9 +1,11 @@
 //! What people ask for, apart from roles.
 
 use crate::api::*;
+use crate::handshake::Row;
 use crate::peer::*;
 use crate::roles::refusal;
 use crate::service::*;
+use crate::words;
 use holdfast_wire_format::frame::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
@@ -150,11 +152,10 @@ impl Core {
     }
 
     fn resolve_split_brain(&mut self, admin: AdminId, discard_mine: bool, out: &mut Actions) {
-        let split = self.peers.iter().any(|p| {
-            p.handshake.starts_with("R16")
-                || p.handshake.starts_with("R15")
-                || p.handshake.starts_with("R6")
-        });
+        let split = self
+            .peers
+            .iter()
+            .any(|p| matches!(p.row, Some(Row::R6 | Row::R15 | Row::R16)));
         if !split {
             let text = refusal(
                 "no split brain is known here",
@@ -241,7 +242,7 @@ impl Core {
         self.commit(
             Then::Admin {
                 admin,
-                text: format!("mode toward copy {} is {mode:?}", slot.0),
+                text: format!("mode toward copy {} is {}", slot.0, words::mode(mode)),
             },
             out,
         );
@@ -269,7 +270,7 @@ impl Core {
         self.commit(
             Then::Admin {
                 admin,
-                text: format!("on-peer-loss is {policy:?}"),
+                text: format!("on-peer-loss is {}", words::policy(policy)),
             },
             out,
         );
@@ -326,10 +327,19 @@ impl Core {
     fn what_force_loses(&self) -> String {
         let facts = self.own_facts();
         let mut lines = vec![format!(
-            "this copy is {:?} at position {} of generation {}, epoch {}",
-            self.sb.state,
+            "this copy is {} at position {} of generation {}{}, epoch {}",
+            words::state(self.sb.state),
             facts.position,
             self.generation(),
+            self.sb
+                .generations
+                .last()
+                .map_or(String::new(), |g| format!(
+                    " (made by {} on copy {} in epoch {})",
+                    words::cause(g.cause),
+                    g.maker,
+                    g.epoch.number
+                )),
             self.sb.epoch_gate.number
         )];
         match crate::handshake::may_promote(&facts, None, None, true) {
@@ -343,12 +353,29 @@ impl Core {
             Err(refusal) => lines.push(format!("a promotion is refused even by force: {refusal}")),
         }
         for peer in &self.peers {
+            let slot = peer.slot.0;
+            let state = peer.their_state.map_or("unknown", words::state);
+            let record = &self.sb.peers[peer.record];
+            let (blocks, bytes) = (peer.dirty_bits(), peer.dirty_bytes());
+            let held = if bytes == 0 {
+                format!("nothing is noted here that copy {slot} lacks")
+            } else {
+                let since = if record.known_durable_generation == GenerationId(0) {
+                    "since before the two copies met".to_owned()
+                } else {
+                    format!(
+                        "since position {} of generation {}",
+                        record.known_durable_position, record.known_durable_generation
+                    )
+                };
+                format!(
+                    "copy {slot} may lack {blocks} blocks, {bytes} bytes, written here {since}: \
+                     discarding this copy loses them"
+                )
+            };
             lines.push(format!(
-                "copy {}: {}, last known {:?}, {} bytes it may lack are noted here",
-                peer.slot.0,
-                peer.relation.name(),
-                peer.their_state,
-                peer.dirty_bytes()
+                "copy {slot} ({}, last known {state}): {held}",
+                peer.relation.name()
             ));
         }
         lines.join("\n")

@@ -74,6 +74,17 @@ pub enum DiskError {
     BeyondEnd,
 }
 
+impl DiskError {
+    /// For people.
+    pub fn words(self) -> &'static str {
+        match self {
+            DiskError::Io => "the disk reported an error",
+            DiskError::NoSpace => "no space is left",
+            DiskError::BeyondEnd => "the device ends before it",
+        }
+    }
+}
+
 /// What happened.
 #[derive(Clone, Debug)]
 pub enum Event {
@@ -245,9 +256,20 @@ pub type AdminResult = Result<String, Refusal>;
 #[derive(Clone, PartialEq, Eq, Debug, thiserror::Error)]
 #[error("{what}. {kept}. {next}")]
 pub struct Refusal {
+    pub kind: RefusalKind,
     pub what: String,
     pub kept: String,
     pub next: String,
+}
+
+/// What a program may want to tell apart among refusals.
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum RefusalKind {
+    /// It was not carried out.
+    #[default]
+    Refused,
+    /// It was carried out, and found that the copies differ.
+    CopiesDiffer,
 }
 
 /// Where a metadata write goes.

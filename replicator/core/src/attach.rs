@@ -22,7 +22,7 @@ use std::collections::{BTreeMap, VecDeque};
 #[derive(Debug, thiserror::Error)]
 pub enum AttachError {
     #[error(
-        "the metadata of volume {volume} could not be read ({error:?}); nothing was changed; check the device"
+        "the metadata of volume {volume} could not be read: {}; nothing was changed; check the device (dmesg, smartctl)", error.words()
     )]
     Read { volume: u16, error: DiskError },
     #[error("volume {volume}: {error}; nothing was changed")]
@@ -461,9 +461,9 @@ impl Core {
     pub(crate) fn attached_durably(&mut self, out: &mut Actions) {
         self.attached = true;
         let text = format!(
-            "attached {} time(s), {:?}, {} start, epoch {}, generation {}",
+            "attached {} time(s), {}, {} start, epoch {}, generation {}",
             self.sb.attach_counter,
-            self.sb.state,
+            crate::words::state(self.sb.state),
             if self.unclean_start {
                 "unclean"
             } else {
@@ -525,6 +525,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         stable_told: 0,
         congested: false,
         resync_paused: false,
+        row: None,
         handshake: String::new(),
         last_error: String::new(),
         full_copy: false,

@@ -28,6 +28,7 @@ pub mod undo;
 mod undo_rollback;
 mod undoing;
 mod verify;
+pub mod words;
 mod write_path;
 
 pub use attach::{AttachError, CreateError, CreateParameters, CreateVolume, create};

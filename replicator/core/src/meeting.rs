@@ -221,12 +221,14 @@ impl Core {
         let slot = self.peers[at].slot;
         let theirs = theirs.facts;
         let decision = handshake::decide(&mine, &theirs, None);
-        self.peers[at].handshake = format!("{:?}: {}", decision.row, decision.why);
+        self.peers[at].row = Some(decision.row);
+        self.peers[at].handshake =
+            handshake::explain(&decision, &|slot| format!("copy {}", slot.0));
         self.notice(
             Level::Info,
             "handshake",
             Some(slot),
-            self.peers[at].handshake.clone(),
+            self.peers[at].handshake.replace('\n', " "),
             out,
         );
         self.adopt_facts(at, &mine, &theirs, out);
@@ -731,7 +733,7 @@ impl Core {
             level,
             "goodbye",
             Some(slot),
-            format!("the peer closed ({code:?}): {text}"),
+            format!("the peer closed ({}): {text}", crate::words::goodbye(code)),
             out,
         );
         let Some(session) = self.peers[at].session else {

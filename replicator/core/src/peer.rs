@@ -237,6 +237,8 @@ pub(crate) struct Peer {
     /// An async peer fell too far behind: nothing is sent until what was sent is acknowledged.
     pub congested: bool,
     pub resync_paused: bool,
+    /// What the last meeting came to, and in words.
+    pub row: Option<crate::handshake::Row>,
     pub handshake: String,
     pub last_error: String,
     /// `decide` said full copy.

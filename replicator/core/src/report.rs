@@ -56,8 +56,8 @@ impl Core {
         }
         if self.parked {
             return format!(
-                "a member of S {:?} is missing and the policy is suspend",
-                self.sb.in_sync
+                "{} cannot be reached, was in sync, and the policy is suspend",
+                crate::words::copies(self.missing_members())
             );
         }
         if self.congestion_blocks() {

@@ -494,7 +494,7 @@ impl Core {
             Level::Info,
             "in-sync",
             Some(slot),
-            format!("S is {:?}", self.sb.in_sync),
+            format!("in sync are {}", crate::words::copies(self.sb.in_sync)),
             out,
         );
         self.check_all(out);
@@ -539,7 +539,10 @@ impl Core {
             Level::Info,
             "up-to-date",
             Some(slot),
-            format!("this copy is in S {set:?}"),
+            format!(
+                "this copy is in sync, as are {}",
+                crate::words::copies(set.without(self.slot))
+            ),
             out,
         );
         self.commit(Then::InSyncStored, out);

@@ -5,6 +5,7 @@ use crate::handshake::{self, PromotionKind};
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
+use crate::words;
 use holdfast_wire_format::frame::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
@@ -18,6 +19,7 @@ pub(crate) fn refusal(
     next: impl Into<String>,
 ) -> Refusal {
     Refusal {
+        kind: Default::default(),
         what: what.into(),
         kept: kept.into(),
         next: next.into(),
@@ -202,7 +204,7 @@ impl Core {
             owner: self.slot.0,
         };
         self.role = Role::Promoting;
-        let mut reason = format!("{:?}", allowed.kind);
+        let mut reason = words::promotion(allowed.kind).to_owned();
         if !allowed.may_lose.is_empty() {
             reason = format!("{reason}; this may lose {}", allowed.may_lose);
         }
@@ -664,7 +666,7 @@ impl Core {
     // --- the loss of a member of S ---
 
     /// Members of S that get no writes now.
-    fn missing_members(&self) -> SlotSet {
+    pub(crate) fn missing_members(&self) -> SlotSet {
         let required = self.required();
         self.peers
             .iter()
@@ -692,8 +694,9 @@ impl Core {
             if !self.parked {
                 self.parked = true;
                 let text = format!(
-                    "writes are parked: {missing:?} of S cannot be reached and the policy is suspend; \
-                     they complete when it returns, or end with an error at demotion"
+                    "writes are parked: {} cannot be reached, was in sync, and the policy is suspend; \
+                     they complete when it returns, or end with an error at demotion",
+                    words::copies(missing)
                 );
                 self.notice(Level::Error, "parked", None, text, out);
             }
@@ -727,8 +730,9 @@ impl Core {
         let generation = self.new_generation(GenerationCause::PeerLost);
         self.announce_generation(generation, out);
         let text = format!(
-            "S is {:?} without {missing:?}: degraded, the service goes on",
-            self.sb.in_sync
+            "{} left the in-sync set, in it are {}: degraded, the service goes on",
+            words::copies(missing),
+            words::copies(self.sb.in_sync)
         );
         self.notice(Level::Error, "peer-dropped", None, text, out);
         self.commit(Then::PeerDropped, out);

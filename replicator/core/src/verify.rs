@@ -315,7 +315,7 @@ impl Core {
             format!("equal: {done} bytes compared with copy {}", slot.0)
         } else {
             format!(
-                "DIFFERENT: {different} of {done} bytes compared with copy {} lie in ranges that differ; they are marked, disconnect and connect to resync them",
+                "{different} of {done} bytes compared with copy {} lie in ranges that differ; they are marked, disconnect and connect to resync them",
                 slot.0
             )
         };
@@ -329,11 +329,14 @@ impl Core {
             let result = if different == 0 {
                 Ok(text)
             } else {
-                Err(refusal(
-                    text,
-                    "No data was changed",
-                    "Resync, and find out how they came to differ",
-                ))
+                Err(Refusal {
+                    kind: RefusalKind::CopiesDiffer,
+                    ..refusal(
+                        text,
+                        "No data was changed",
+                        "Resync, and find out how they came to differ",
+                    )
+                })
             };
             out.push(Action::AdminDone { admin, result });
         }

@@ -391,6 +391,30 @@ impl Link {
         link.bump();
     }
 
+    /// After the [`PeerStore`] and the [`Identity`] were read again: peers that are gone are forgotten, connections whose certificate
+    /// is pinned no more are closed, the others are told this node's certificates, and dialing starts over without a pause.
+    pub fn reload(&self) {
+        let peers: Vec<_> = self.shared.peers.borrow().values().cloned().collect();
+        for peer in peers {
+            let Some(known) = self.shared.peer_store.get(peer.id) else {
+                self.forget(peer.id);
+                continue;
+            };
+            let pinned = peer.connection.borrow().as_ref().is_none_or(|current| {
+                tls::remote_fingerprint(&current.connection)
+                    .is_some_and(|print| known.fingerprints.contains(&print))
+            });
+            if !pinned {
+                peer.disconnect(
+                    GoodbyeCode::Refused,
+                    "the certificate of this connection is pinned no more",
+                );
+            }
+            peer.bump();
+        }
+        self.announce_identity();
+    }
+
     /// Every peer that a service was wanted with or that connected.
     pub fn status(&self) -> Vec<PeerStatus> {
         let status = |link: &Rc<PeerLink>| {

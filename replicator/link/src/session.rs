@@ -142,6 +142,8 @@ pub(crate) async fn run<H: LinkHandler>(
         (End::Drained, Some((code, reason))) => {
             let _ = send.finish();
             let _ = recv.stop(code_to(code));
+            // Whoever waits for the end of the session may close the connection then, and that would overtake the last words.
+            let _ = timeout(CLOSING, send.stopped()).await;
             Ending {
                 code: Some(code),
                 by_peer: false,

@@ -301,6 +301,14 @@ impl Client {
         })
     }
 
+    /// Has the replicator read its peers and certificates again.
+    ///
+    /// # Errors
+    /// See [`ClientError`].
+    pub fn reload(&mut self) -> Result<String, ClientError> {
+        self.sentence(Request::Reload)
+    }
+
     fn sentence(&mut self, request: Request) -> Result<String, ClientError> {
         let id = self.send(request)?;
         match self.receive(id)? {

@@ -100,7 +100,7 @@ fn peer_problems(
                 Severity::Degraded,
                 format!(
                     "no replication with {name} yet: handshake{}",
-                    why(&peer.handshake)
+                    why(peer.handshake.lines().next().unwrap_or_default())
                 ),
             );
         }

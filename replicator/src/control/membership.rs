@@ -2,7 +2,7 @@
 //! the state directory and need no running replicator.
 
 use crate::config::Config;
-use holdfast_link::{Identity, JoinServer, LinkError, Peer, PeerStore, Token};
+use holdfast_link::{Identity, JoinServer, LinkError, Peer, PeerStore, Token, Validity};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
@@ -173,6 +173,57 @@ pub fn join(own: &Own, token: &str) -> Result<Peer, MembershipError> {
         &own.link_addresses,
     ))?;
     Ok(joined)
+}
+
+/// The certificates by which peers know this node.
+#[derive(Clone, Debug)]
+pub struct Certificates {
+    pub node: String,
+    /// Fingerprint of the one in use, 64 hexadecimal digits.
+    pub current: String,
+    /// The next one, while it is being rolled out.
+    pub next: Option<String>,
+}
+
+fn certificates_of(identity: &Identity) -> Certificates {
+    let mut prints = identity.fingerprints().into_iter();
+    Certificates {
+        node: identity.name().to_owned(),
+        current: prints
+            .next()
+            .map(|print| print.to_string())
+            .unwrap_or_default(),
+        next: prints.next().map(|print| print.to_string()),
+    }
+}
+
+/// The certificates of this node.
+///
+/// # Errors
+/// There is no identity, or it cannot be read.
+pub fn certificates(own: &Own) -> Result<Certificates, MembershipError> {
+    Ok(certificates_of(&Identity::load(&own.state_dir)?))
+}
+
+/// Makes the next certificate; the one in use stays in use. A running replicator announces it to its peers once it has
+/// read its certificates again.
+///
+/// # Errors
+/// As [`certificates`], or the file cannot be written.
+pub fn prepare_certificate(own: &Own) -> Result<Certificates, MembershipError> {
+    let identity = Identity::load(&own.state_dir)?;
+    identity.prepare_rotation(Validity::default())?;
+    Ok(certificates_of(&identity))
+}
+
+/// Uses the next certificate from here on. `force` does so even where a peer has not confirmed that it accepts it.
+///
+/// # Errors
+/// None is prepared, or a peer has not confirmed it: it would refuse this node.
+pub fn activate_certificate(own: &Own, force: bool) -> Result<Certificates, MembershipError> {
+    let identity = Identity::load(&own.state_dir)?;
+    identity.activate_rotation(&PeerStore::load(&own.state_dir)?, force)?;
+    Ok(certificates_of(&identity))
 }
 
 fn runtime() -> Result<tokio::runtime::Runtime, MembershipError> {

@@ -17,6 +17,9 @@ pub trait Node: Clone + Send + Sync + 'static {
     /// Hands a command to the core of a service.
     fn command(&self, service: &str, command: Command) -> impl Future<Output = AdminResult> + Send;
 
+    /// Reads identity and trusted peers again, from files that the command line may have changed, and has the link act by them.
+    fn reload(&self) -> impl Future<Output = AdminResult> + Send;
+
     /// Why the last handshake with that peer (by node name) ended as it did, in words.
     ///
     /// # Errors

@@ -65,6 +65,9 @@ pub enum Request {
         service: String,
         command: ServiceCommand,
     },
+    /// Read trusted peers and this node's certificates again: after a join, a rotation, or the removal of a peer. Answered
+    /// with [`Answer::Done`] when connections are made by them.
+    Reload,
     /// Which row of the handshake table the two copies fall into, with the facts it was decided from.
     ExplainHandshake { service: String, peer: String },
 }
@@ -188,6 +191,8 @@ pub enum FaultCode {
     Unknown,
     /// The service said no; nothing was changed.
     Refused,
+    /// A verification ran to its end and found that the copies differ.
+    CopiesDiffer,
     /// Too many connections.
     Busy,
     /// Another user's process asked.

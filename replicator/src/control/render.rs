@@ -189,7 +189,8 @@ fn peer_rows(out: &mut String, peer: &PeerReport, style: Style) {
     }
     let connected = matches!(peer.link, LinkName::Resync | LinkName::Established);
     if !connected && !peer.handshake.is_empty() {
-        let _ = writeln!(out, "    handshake {}", peer.handshake);
+        let lines = peer.handshake.trim_end().replace('\n', "\n              ");
+        let _ = writeln!(out, "    handshake {lines}");
     }
     if !connected && !peer.last_error.is_empty() {
         let _ = writeln!(out, "    error     {}", peer.last_error);

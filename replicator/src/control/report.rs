@@ -3,6 +3,7 @@
 
 use holdfast_replicator_core::api::{Level, Role};
 use holdfast_replicator_core::status::{self, LinkState, ServiceStatus};
+use holdfast_replicator_core::words;
 use holdfast_wire_format::ids::{Epoch, Slot, SlotSet};
 use holdfast_wire_format::metadata::{CopyState, Generation, GenerationCause, Mode, OnPeerLoss};
 use serde::{Deserialize, Serialize};
@@ -293,6 +294,9 @@ impl ServiceReport {
         node_name: &dyn Fn(Slot) -> Option<String>,
         nbd_uris: &dyn Fn(&str) -> Vec<String>,
     ) -> Self {
+        let volume_name =
+            |index: usize| status.volumes.get(index).map(|volume| volume.name.clone());
+        let named = |text: &str| words::named_volumes(&words::named(text, node_name), &volume_name);
         let owner = (status.epoch.owner != Epoch::NO_OWNER).then_some(status.epoch.owner);
         let mut report = ServiceReport {
             name: status.name.clone(),
@@ -316,7 +320,7 @@ impl ServiceReport {
             in_sync_pending: slots(status.in_sync_pending),
             on_peer_loss: status.on_peer_loss.into(),
             parked: status.parked,
-            parked_reason: status.parked_reason.clone(),
+            parked_reason: named(&status.parked_reason),
             suspended: status.suspended,
             unclean_start: status.unclean_start,
             volumes: status
@@ -334,7 +338,7 @@ impl ServiceReport {
             peers: status
                 .peers
                 .iter()
-                .map(|peer| peer_report(peer, node_name))
+                .map(|peer| peer_report(peer, node_name, &named))
                 .collect(),
             hot_extents: status.hot_extents as u64,
             counters: (&status.counters).into(),
@@ -363,6 +367,7 @@ impl ServiceReport {
 fn peer_report(
     peer: &status::PeerStatus,
     node_name: &dyn Fn(Slot) -> Option<String>,
+    named: &dyn Fn(&str) -> String,
 ) -> PeerReport {
     PeerReport {
         slot: peer.slot.0,
@@ -392,8 +397,8 @@ fn peer_report(
             different_bytes: verify.different_bytes,
             running: verify.running,
         }),
-        handshake: peer.handshake.clone(),
-        last_error: peer.last_error.clone(),
+        handshake: named(&peer.handshake),
+        last_error: named(&peer.last_error),
     }
 }
 

@@ -5,7 +5,7 @@
 
 use super::node::Node;
 use super::protocol::*;
-use holdfast_replicator_core::api::{AdminResult, Command, Refusal};
+use holdfast_replicator_core::api::{AdminResult, Command, Refusal, RefusalKind};
 use holdfast_wire_format::ids::{Slot, VolumeIndex};
 use rustix::fs::{FlockOperation, Mode as FileMode};
 use std::future::Future;
@@ -447,6 +447,9 @@ async fn answer<N: Node>(
             };
             send(answer).await;
         }
+        Request::Reload => {
+            send(done(node.reload().await)).await;
+        }
         Request::ExplainHandshake { service, peer } => {
             send(done(node.explain_handshake(&service, &peer).await)).await;
         }
@@ -456,8 +459,17 @@ async fn answer<N: Node>(
 fn done(result: AdminResult) -> Answer {
     match result {
         Ok(text) => Answer::Done { text },
-        Err(Refusal { what, kept, next }) => {
-            Answer::Failed(Fault::new(FaultCode::Refused, what, kept, next))
+        Err(Refusal {
+            kind,
+            what,
+            kept,
+            next,
+        }) => {
+            let code = match kind {
+                RefusalKind::Refused => FaultCode::Refused,
+                RefusalKind::CopiesDiffer => FaultCode::CopiesDiffer,
+            };
+            Answer::Failed(Fault::new(code, what, kept, next))
         }
     }
 }

@@ -35,6 +35,7 @@ impl Node for Scripted {
             .push(format!("{service}: {command:?}"));
         match command {
             Command::Invalidate => Err(Refusal {
+                kind: Default::default(),
                 what: "db is primary".into(),
                 kept: "Nothing was changed".into(),
                 next: "Demote it first".into(),
@@ -45,6 +46,9 @@ impl Node for Scripted {
             }
             _ => Ok("done".into()),
         }
+    }
+    async fn reload(&self) -> AdminResult {
+        Ok("read again".into())
     }
     async fn explain_handshake(&self, service: &str, peer: &str) -> Result<String, Refusal> {
         Ok(format!("{service} and {peer}: row 9"))

@@ -12,7 +12,7 @@
 
 use super::{BLOCK, EXTENT_SHIFT, Locator, OpenOptions, VolumeError, find, place};
 use crate::config::{Config, MetadataPlace};
-use crate::place::{Hints, Opened};
+use crate::place::{Before, Hints, Opened, Step, StepKind, Told};
 use holdfast_disk::{Backing, BackingKind};
 use holdfast_replicator_core::bitmap::SUMMARY_CLEAN;
 use holdfast_wire_format::bitmap_page::{SUMMARY_ENTRIES, decode_summary, encode_summary};
@@ -42,6 +42,20 @@ pub fn grow(
     service: &str,
     volume: &str,
     size: Option<u64>,
+) -> Result<Grown, VolumeError> {
+    grow_telling(config, service, volume, size, &|_| ())
+}
+
+/// As [`grow`]; `before` is told of each step before it is taken, and may end the process there.
+///
+/// # Errors
+/// As [`grow`].
+pub fn grow_telling(
+    config: &Config,
+    service: &str,
+    volume: &str,
+    size: Option<u64>,
+    before: Before,
 ) -> Result<Grown, VolumeError> {
     let service = find(config, service)?;
     let volume = service
@@ -159,9 +173,10 @@ pub fn grow(
     };
     if internal {
         let end = wanted + layout.total + BLOCK;
-        grow_file(&opened.data, end, name)?;
-        let before = opened.data.size();
-        let device = opened.data.size();
+        let device = match opened.data.kind() {
+            BackingKind::File => opened.data.size().max(end),
+            _ => opened.data.size(),
+        };
         let locator_at = Locator::offset(device).unwrap_or(0);
         let base = locator_at.saturating_sub(layout.total) / BLOCK * BLOCK;
         if base < wanted {
@@ -183,7 +198,12 @@ pub fn grow(
                 ),
             ));
         }
-        images.write(&opened.data, base)?;
+        grow_file(&opened.data, end, name, before)?;
+        let data = Told {
+            backing: &opened.data,
+            before,
+        };
+        images.write(data, base)?;
         let locator = Locator {
             volume: old.volume,
             area_offset: base,
@@ -194,14 +214,11 @@ pub fn grow(
             volume: name.to_owned(),
             source,
         };
-        opened
-            .data
-            .write_all_at(locator_at, &locator.encode())
+        data.write_all_at(locator_at, &locator.encode())
             .map_err(failed)?;
-        opened.data.sync().map_err(failed)?;
-        let Opened { data, .. } = opened;
-        place::finish_growing(data, locator, false).map_err(failed)?;
-        hints.set(&service.name, name, before);
+        data.sync().map_err(failed)?;
+        place::finish_growing(data, locator).map_err(failed)?;
+        hints.set(&service.name, name, device);
     } else {
         let MetadataPlace::External(path) = &volume.metadata else {
             return Err(refuse(
@@ -209,7 +226,13 @@ pub fn grow(
                 "correct `metadata` in the configuration",
             ));
         };
-        grow_file(&opened.data, wanted, name)?;
+        if opened.metadata().kind() != BackingKind::File {
+            return Err(refuse(
+                "its metadata is on a device of its own, where there is no room for a second copy of it".into(),
+                "use a file for the metadata",
+            ));
+        }
+        grow_file(&opened.data, wanted, name, before)?;
         if opened.data.size() < wanted {
             return Err(VolumeError::TooSmall {
                 volume: name.to_owned(),
@@ -218,17 +241,16 @@ pub fn grow(
                 wanted,
             });
         }
-        if opened.metadata().kind() != BackingKind::File {
-            return Err(refuse(
-                "its metadata is on a device of its own, where there is no room for a second copy of it".into(),
-                "use a file for the metadata",
-            ));
-        }
-        place::zero(&opened.data, old.data_size, wanted).map_err(|source| VolumeError::Write {
-            volume: name.to_owned(),
-            source,
-        })?;
-        replace_external(path, &images)?;
+        let data = Told {
+            backing: &opened.data,
+            before,
+        };
+        data.zero(old.data_size, wanted)
+            .map_err(|source| VolumeError::Write {
+                volume: name.to_owned(),
+                source,
+            })?;
+        replace_external(path, &images, before)?;
         hints.set(&service.name, name, images.old.data.size());
     }
     hints.store(state_dir).map_err(|source| VolumeError::File {
@@ -246,7 +268,7 @@ pub fn grow(
 }
 
 /// Makes a regular file at least `end` bytes long; a device is as long as it is.
-fn grow_file(data: &Backing, end: u64, name: &str) -> Result<(), VolumeError> {
+fn grow_file(data: &Backing, end: u64, name: &str, before: Before) -> Result<(), VolumeError> {
     let failed = |source| VolumeError::File {
         what: format!(
             "volume {name}: {} cannot be made longer",
@@ -259,6 +281,10 @@ fn grow_file(data: &Backing, end: u64, name: &str) -> Result<(), VolumeError> {
             .write(true)
             .open(data.path())
             .map_err(failed)?;
+        before(Step {
+            path: data.path(),
+            kind: StepKind::Lengthen,
+        });
         file.set_len(end)
             .and_then(|()| file.sync_all())
             .map_err(failed)?;
@@ -279,7 +305,7 @@ struct Images<'a> {
 
 impl Images<'_> {
     /// Writes the new area at `base`, superblocks last, durably.
-    fn write(&self, to: &Backing, base: u64) -> Result<(), VolumeError> {
+    fn write(&self, to: Told, base: u64) -> Result<(), VolumeError> {
         let failed = |source| VolumeError::Write {
             volume: self.name.to_owned(),
             source,
@@ -369,7 +395,7 @@ impl Images<'_> {
 }
 
 /// Writes the new area into a file beside the old one and puts it in its place.
-fn replace_external(path: &Path, images: &Images) -> Result<(), VolumeError> {
+fn replace_external(path: &Path, images: &Images, before: Before) -> Result<(), VolumeError> {
     let mut beside = path.as_os_str().to_owned();
     beside.push(".grown");
     let beside = PathBuf::from(beside);
@@ -390,7 +416,15 @@ fn replace_external(path: &Path, images: &Images) -> Result<(), VolumeError> {
         ..OpenOptions::default()
     };
     let new = place::open_backing(images.name, &beside, &options)?;
-    images.write(&new, 0)?;
+    let told = Told {
+        backing: &new,
+        before,
+    };
+    images.write(told, 0)?;
+    before(Step {
+        path,
+        kind: StepKind::Replace,
+    });
     std::fs::rename(&beside, path).map_err(|source| file("putting in place", source))?;
     let directory = path.parent().unwrap_or(Path::new("/"));
     std::fs::File::open(directory)

@@ -14,12 +14,13 @@ use crate::events::EventLog;
 use holdfast_disk::{Buf, Ring};
 use holdfast_frontend::{CloseReason, Completion, IoError, IoErrorKind, Request};
 use holdfast_replicator_core::api::{Event, Level, Time};
+use holdfast_replicator_core::status::LinkState;
 use holdfast_wire_format::ids::VolumeIndex;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
-use tokio::sync::Notify;
+use tokio::sync::{Notify, watch};
 
 /// How often disks are looked at for silence, and memory that was added is given back.
 const WATCH_INTERVAL: Duration = Duration::from_secs(1);
@@ -48,6 +49,8 @@ pub struct Shard {
     services: RefCell<Vec<Service>>,
     incoming: RefCell<VecDeque<Incoming>>,
     completions: RefCell<Vec<holdfast_disk::Completion>>,
+    /// Counts how often peers and certificates were read again.
+    pub(super) reloaded: watch::Sender<u64>,
     /// When the timer fires, as it knows.
     armed: Cell<Option<Time>>,
     rearm: Notify,
@@ -70,6 +73,7 @@ impl Shard {
             services: RefCell::new(Vec::new()),
             incoming: RefCell::new(VecDeque::with_capacity(256)),
             completions: RefCell::new(Vec::with_capacity(256)),
+            reloaded: watch::Sender::new(0),
             armed: Cell::new(None),
             rearm: Notify::new(),
         })
@@ -261,6 +265,23 @@ impl Shard {
                 }
             }
         });
+        self.pump();
+    }
+
+    /// Peers and certificates were read again: those who left are cut off, those who came are called.
+    pub(super) fn reload(&self) {
+        self.link.reload();
+        let now = self.now();
+        self.with_services(|services| {
+            for service in services {
+                for peer in service.core.status(now).peers {
+                    if peer.link == LinkState::Connecting {
+                        service.call(peer.slot, &self.link, &self.log);
+                    }
+                }
+            }
+        });
+        self.reloaded.send_modify(|count| *count += 1);
         self.pump();
     }
 

@@ -2,10 +2,12 @@
 
 use super::driver::Shard;
 use crate::control::node::Node;
-use crate::control::protocol::{EventReport, NodeStatus, ServiceReport};
+use crate::control::protocol::{EventReport, LevelName, NodeStatus, ServiceReport};
+use crate::control::render::timestamp;
 use crate::events::EventLog;
 use holdfast_frontend::CloseReason;
-use holdfast_replicator_core::api::{AdminResult, Command, Refusal, Role};
+use holdfast_link::{Identity, Peer, PeerStore};
+use holdfast_replicator_core::api::{AdminResult, Command, Refusal, RefusalKind, Role};
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -24,6 +26,8 @@ pub(crate) enum Message {
         command: Command,
         answer: oneshot::Sender<AdminResult>,
     },
+    /// Peers and certificates were read again; answered when the link knows.
+    Reload(oneshot::Sender<()>),
     /// Send clients away and detach every service; answered when all is durable, with what did not work.
     Stop {
         answer: oneshot::Sender<Vec<Refusal>>,
@@ -36,6 +40,8 @@ struct Shared {
     shard: mpsc::Sender<Message>,
     log: EventLog,
     last: Mutex<Vec<ServiceReport>>,
+    identity: Arc<Identity>,
+    peers: Arc<PeerStore>,
 }
 
 /// A handle on a running replicator, for control socket, metrics and tests: usable from any thread, cheap to clone.
@@ -45,7 +51,12 @@ pub struct NodeHandle {
 }
 
 impl NodeHandle {
-    pub(crate) fn new(name: String, log: EventLog) -> (NodeHandle, mpsc::Receiver<Message>) {
+    pub(crate) fn new(
+        name: String,
+        log: EventLog,
+        identity: Arc<Identity>,
+        peers: Arc<PeerStore>,
+    ) -> (NodeHandle, mpsc::Receiver<Message>) {
         let (shard, messages) = mpsc::channel(QUEUE);
         let shared = Shared {
             name,
@@ -53,6 +64,8 @@ impl NodeHandle {
             shard,
             log,
             last: Mutex::new(Vec::new()),
+            identity,
+            peers,
         };
         (
             NodeHandle {
@@ -79,10 +92,37 @@ impl NodeHandle {
 
     fn stopping(service: &str) -> Refusal {
         Refusal {
+            kind: RefusalKind::Refused,
             what: format!("service {service} was not asked: the replicator is stopping"),
             kept: "Nothing was changed by this request".into(),
             next: "Ask again once it runs".into(),
         }
+    }
+
+    /// When what decides about a loss happened last, by the clock of this machine: the core has none.
+    fn since_when(&self, service: &str) -> String {
+        let (events, _) = self.shared.log.follow();
+        let mut text = String::new();
+        for (kind, words) in [
+            ("in-sync", "a copy came in sync"),
+            ("parked", "writes were parked"),
+            ("peer-dropped", "a copy left the in-sync set"),
+            ("primary", "this copy became primary"),
+            ("secondary", "this copy stopped being primary"),
+            ("split-brain", "a split brain was found"),
+        ] {
+            let last = events
+                .iter()
+                .rfind(|event| event.service == service && event.kind == kind);
+            if let Some(event) = last {
+                text.push_str(&format!(
+                    "\nlast time {words}: {} ({})",
+                    timestamp(event.time_ms),
+                    event.text
+                ));
+            }
+        }
+        text
     }
 
     async fn services(&self) -> Vec<ServiceReport> {
@@ -130,12 +170,60 @@ impl Node for NodeHandle {
             command,
             answer,
         };
+        let asks_for_loss = matches!(
+            message,
+            Message::Command {
+                command: Command::WhatWouldForceLose,
+                ..
+            }
+        );
         if self.shared.shard.send(message).await.is_err() {
             return Err(Self::stopping(service));
         }
-        result
+        let answered = result
             .await
-            .unwrap_or_else(|_| Err(Self::stopping(service)))
+            .unwrap_or_else(|_| Err(Self::stopping(service)));
+        if asks_for_loss {
+            return answered.map(|text| text + &self.since_when(service));
+        }
+        answered
+    }
+
+    async fn reload(&self) -> AdminResult {
+        let before = self.shared.peers.all();
+        let (identity, peers) = (self.shared.identity.clone(), self.shared.peers.clone());
+        // Both wait for the disk and for the command line's lock: not on a shard's thread, nor on this one.
+        let read = tokio::task::spawn_blocking(move || {
+            identity.reload()?;
+            peers.reload()
+        });
+        let problem = match read.await {
+            Ok(Ok(())) => None,
+            Ok(Err(error)) => Some(error.to_string()),
+            Err(error) => Some(error.to_string()),
+        };
+        if let Some(problem) = problem {
+            let text = format!("peers and certificates could not be read again: {problem}");
+            self.shared
+                .log
+                .node(LevelName::Error, "reload-failed", text.clone());
+            return Err(Refusal {
+                kind: RefusalKind::Refused,
+                what: text,
+                kept: "Replication goes on with the peers and certificates known before".into(),
+                next: "Repair the file, then reload again".into(),
+            });
+        }
+        let (answer, told) = oneshot::channel();
+        let sent = self.shared.shard.send(Message::Reload(answer)).await;
+        if sent.is_err() || told.await.is_err() {
+            return Err(Self::stopping("of this node"));
+        }
+        let text = what_changed(&before, &self.shared.peers.all(), &self.shared.identity);
+        self.shared
+            .log
+            .node(LevelName::Info, "reloaded", text.clone());
+        Ok(text)
     }
 
     async fn explain_handshake(&self, service: &str, peer: &str) -> Result<String, Refusal> {
@@ -146,6 +234,7 @@ impl Node for NodeHandle {
             .ok_or_else(|| no_service(service))?;
         let Some(peer_report) = report.peer(peer) else {
             return Err(Refusal {
+                kind: RefusalKind::Refused,
                 what: format!("service {service} has no peer {peer}"),
                 kept: "Nothing was changed".into(),
                 next: "`holdfast status` lists the peers".into(),
@@ -153,6 +242,7 @@ impl Node for NodeHandle {
         };
         if peer_report.handshake.is_empty() {
             return Err(Refusal {
+                kind: RefusalKind::Refused,
                 what: format!(
                     "the copies of {service} here and on {peer} have not met since this process began"
                 ),
@@ -171,8 +261,43 @@ impl Node for NodeHandle {
     }
 }
 
+/// What reading the peers again came to, in words.
+fn what_changed(before: &[Peer], after: &[Peer], identity: &Identity) -> String {
+    let names = |list: &[Peer], other: &[Peer]| {
+        let names: Vec<&str> = list
+            .iter()
+            .filter(|peer| !other.iter().any(|known| known.id == peer.id))
+            .map(|peer| peer.name.as_str())
+            .collect();
+        names.join(", ")
+    };
+    let mut text = format!(
+        "peers and certificates were read again: {} trusted",
+        after.len()
+    );
+    for (words, names) in [
+        ("new", names(after, before)),
+        ("gone", names(before, after)),
+    ] {
+        if !names.is_empty() {
+            text.push_str(&format!("; {words}: {names}"));
+        }
+    }
+    let own: Vec<String> = identity
+        .fingerprints()
+        .iter()
+        .map(ToString::to_string)
+        .collect();
+    text.push_str(&format!("; this node's certificate is {}", own[0]));
+    if let Some(next) = own.get(1) {
+        text.push_str(&format!(", the next one {next}"));
+    }
+    text
+}
+
 fn no_service(name: &str) -> Refusal {
     Refusal {
+        kind: RefusalKind::Refused,
         what: format!("there is no service {name} on this node"),
         kept: "Nothing was changed".into(),
         next:
@@ -214,6 +339,10 @@ pub(super) async fn answer_messages(
                     Some(answer) => drop(answer.send(Err(no_service(&service)))),
                     None => shard.pump(),
                 }
+            }
+            Message::Reload(answer) => {
+                shard.reload();
+                let _ = answer.send(());
             }
             Message::Stop { answer } => {
                 let refusals = stop(&shard).await;

@@ -10,6 +10,7 @@ use crate::events::EventLog;
 use holdfast_disk::Buf;
 use holdfast_link::{Link, LinkConfig, LinkError, LinkEvent, LinkHandler, Path, Payload, Received};
 use holdfast_replicator_core::api::{Event, SessionId};
+use holdfast_replicator_core::words;
 use holdfast_wire_format::frame::{Body, FrameHeader, GoodbyeCode};
 use holdfast_wire_format::frame_codec::{decode_body, encode_body};
 use holdfast_wire_format::ids::{Slot, Uuid};
@@ -207,6 +208,11 @@ impl LinkPort {
         self.link.connect(peer.node, peer.service)
     }
 
+    /// Does not try to reach that peer any more, and takes no stream of it.
+    pub fn disconnect(&self, peer: PeerRef) {
+        self.link.disconnect(peer.node, peer.service);
+    }
+
     pub fn close(
         &self,
         peer: PeerRef,
@@ -230,6 +236,11 @@ impl LinkPort {
     ) -> Result<(), LinkError> {
         self.link
             .set_paths(node, addresses.into_iter().map(Path::from).collect())
+    }
+
+    /// Peers and certificates were read again.
+    pub fn reload(&self) {
+        self.link.reload();
     }
 
     /// What arrived since the last look, as events of the services.
@@ -280,8 +291,12 @@ impl LinkPort {
                 self.inbox.bad.borrow_mut().remove(&session);
                 if let Some((at, peer)) = of(peer, service) {
                     let reason = match code {
-                        Some(code) if by_peer => format!("the peer closed it ({code:?}): {reason}"),
-                        Some(code) => format!("closed here ({code:?}): {reason}"),
+                        Some(code) if by_peer => {
+                            format!("the peer closed it ({}): {reason}", words::goodbye(code))
+                        }
+                        Some(code) => {
+                            format!("closed here ({}): {reason}", words::goodbye(code))
+                        }
                         None => reason,
                     };
                     services[at].events.push_back(Event::LinkDown {

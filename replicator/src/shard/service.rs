@@ -15,8 +15,9 @@ use holdfast_frontend::{Completion, IoError, IoErrorKind, Request};
 use holdfast_replicator_core::Core;
 use holdfast_replicator_core::api::{
     Action, Actions, AdminId, AdminResult, Command, DiskError, Event, Level, MetaPlace, Notice,
-    OpId, Payload, Role, Time,
+    OpId, Payload, Refusal, Role, Time,
 };
+use holdfast_replicator_core::words;
 use holdfast_wire_format::frame::{Body, FrameKind};
 use holdfast_wire_format::ids::{Epoch, Slot, VolumeIndex};
 use slab::Slab;
@@ -220,8 +221,23 @@ impl Service {
             self.touched = true;
             worked = true;
             self.observe(&event, around.now);
+            let disconnect = match &event {
+                Event::Admin {
+                    command: Command::Disconnect { peer },
+                    ..
+                } => Some(*peer),
+                _ => None,
+            };
             self.core.handle(around.now, event, &mut self.actions);
             self.carry_out(around);
+            if let Some(slot) = disconnect {
+                // Also where there is no session to close: the link would go on calling.
+                for peer in &self.peers {
+                    if slot.is_none_or(|slot| slot == peer.slot) {
+                        around.link.disconnect(peer.link);
+                    }
+                }
+            }
             if self.halted.is_some() {
                 break;
             }
@@ -403,11 +419,8 @@ impl Service {
                 Ok(())
             }
             Action::Connect { peer } => {
-                let at = self.peer(peer)?;
-                if let Err(error) = around.link.connect(self.peers[at].link) {
-                    let text = format!("{error}. Writes go on by the rules for a missing copy");
-                    self.say(around.log, Level::Error, "peer-unknown", Some(peer), text);
-                }
+                self.peer(peer)?;
+                self.call(peer, around.link, around.log);
                 Ok(())
             }
             Action::Close { peer, session, code, text, reconnect } => {
@@ -449,6 +462,16 @@ impl Service {
                         self.exports.role_changed(Role::Detached, self.epoch);
                         self.release(around);
                     }
+                    let named = |text: &str| self.named(text);
+                    let result = match result {
+                        Ok(text) => Ok(named(&text)),
+                        Err(refusal) => Err(Refusal {
+                            kind: refusal.kind,
+                            what: named(&refusal.what),
+                            kept: named(&refusal.kept),
+                            next: named(&refusal.next),
+                        }),
+                    };
                     // Whoever asked may have gone away.
                     let _ = answer.send(result);
                 }
@@ -459,6 +482,20 @@ impl Service {
                 Ok(())
             }
             Action::Halt { reason } => Err(reason),
+        }
+    }
+
+    /// Has the link try to reach a peer from now on.
+    pub fn call(&self, slot: Slot, link: &LinkPort, log: &EventLog) {
+        let Some(peer) = self.peers.iter().find(|peer| peer.slot == slot) else {
+            return;
+        };
+        if let Err(error) = link.connect(peer.link) {
+            let text = format!(
+                "{error}. Writes go on by the rules for a missing copy; let it join (`holdfast token`, `holdfast join`), and it is \
+                 called at once"
+            );
+            self.say(log, Level::Error, "peer-unknown", Some(slot), text);
         }
     }
 
@@ -658,6 +695,7 @@ impl Service {
             self.peer_name(slot)
                 .unwrap_or_else(|| format!("slot-{}", slot.0))
         });
+        let text = self.named(&text);
         let service = self.name.as_str();
         match level {
             Level::Info => tracing::info!(service, kind, ?peer, "{text}"),
@@ -672,6 +710,14 @@ impl Service {
             peer,
             text,
         });
+    }
+
+    /// A text of the core with the names of nodes and volumes in it.
+    pub fn named(&self, text: &str) -> String {
+        let text = words::named(text, &|slot| self.node_name(slot));
+        words::named_volumes(&text, &|index| {
+            self.volumes.get(index).map(|volume| volume.name.clone())
+        })
     }
 
     /// The name of the node that holds a slot, this one included.

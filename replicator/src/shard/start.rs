@@ -19,7 +19,7 @@ use holdfast_link::{Congestion, Identity, LinkConfig, LinkError, PeerStore};
 use holdfast_replicator_core::api::{
     Actions, AttachParameters, AttachVolume, DiskError, MetaSource, PeerParameters,
 };
-use holdfast_replicator_core::{AttachError, Core};
+use holdfast_replicator_core::{Core, words};
 use holdfast_wire_format::ids::{Incarnation, Uuid, VolumeIndex};
 use std::collections::{BTreeMap, BTreeSet};
 use std::net::SocketAddr;
@@ -50,11 +50,9 @@ pub enum StartError {
     Volume(#[from] VolumeError),
     #[error("service {service}: {source}")]
     Place { service: String, source: PlaceError },
-    #[error("service {service}: {source}")]
-    Attach {
-        service: String,
-        source: AttachError,
-    },
+    /// What the core found wrong with the metadata, with the names of volumes in it.
+    #[error("service {service}: {text}")]
+    Attach { service: String, text: String },
     #[error(transparent)]
     Tls(#[from] TlsError),
     #[error("the NBD server: {0}")]
@@ -357,9 +355,12 @@ fn attach(
         now,
         &mut actions,
     )
-    .map_err(|source| StartError::Attach {
+    .map_err(|error| StartError::Attach {
         service: service.name.clone(),
-        source,
+        text: words::named_volumes(&error.to_string(), &|index| {
+            let volume = service.volumes.get(index)?;
+            Some(format!("{} ({})", volume.name, volume.backing.display()))
+        }),
     })?;
     let status = core.status(now);
     let volumes = opened
@@ -444,6 +445,7 @@ fn resolve_peers(config: &Config, shard: &Rc<Shard>) {
         .filter(|(_, addresses)| !addresses.is_empty())
     {
         let shard = shard.clone();
+        let mut reloaded = shard.reloaded.subscribe();
         tokio::task::spawn_local(async move {
             let fixed = addresses
                 .iter()
@@ -469,10 +471,16 @@ fn resolve_peers(config: &Config, shard: &Rc<Shard>) {
                     }
                     last = found;
                 }
+                // The sender lives in the shard, which this task holds.
                 if fixed {
-                    return;
+                    let _ = reloaded.changed().await;
+                    last.clear();
+                } else if tokio::time::timeout(RESOLVE_INTERVAL, reloaded.changed())
+                    .await
+                    .is_ok()
+                {
+                    last.clear();
                 }
-                tokio::time::sleep(RESOLVE_INTERVAL).await;
             }
         });
     }

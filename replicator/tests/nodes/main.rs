@@ -1,6 +1,9 @@
 //! Whole replicators in this process, on real files, over loopback.
 
+mod child;
+mod grow;
 mod process;
+mod reload;
 mod support;
 mod two_nodes;
 mod volumes;

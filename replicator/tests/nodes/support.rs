@@ -100,6 +100,19 @@ pub fn two_nodes(root: &Path) -> [TestNode; 2] {
 
 impl TestNode {
     pub fn config(&self, settings: &Settings, peer_address: Option<SocketAddr>) -> Config {
+        let text = self.config_text(settings, peer_address);
+        Config::parse(&text, &self.config_file()).unwrap()
+    }
+
+    pub fn config_file(&self) -> PathBuf {
+        self.dir.join("holdfast.toml")
+    }
+
+    pub fn state(&self) -> PathBuf {
+        self.dir.join("state")
+    }
+
+    pub fn config_text(&self, settings: &Settings, peer_address: Option<SocketAddr>) -> String {
         let dir = &self.dir;
         let addresses = peer_address
             .map(|address| format!("\"{address}\""))
@@ -108,7 +121,7 @@ impl TestNode {
             "internal" => "internal".to_owned(),
             name => dir.join(name).display().to_string(),
         };
-        let text = format!(
+        format!(
             "[node]\nname = {:?}\nstate_dir = {:?}\ncontrol_socket = {:?}\nlink_listen = [\"127.0.0.1:0\"]\nmetrics = \"127.0.0.1:0\"\n\
              [nbd]\nunix = {:?}\n\
              [[service]]\nname = \"db\"\nid = {SERVICE_ID:?}\nslot = {}\nmode = {:?}\non_peer_loss = {:?}\n\
@@ -126,8 +139,7 @@ impl TestNode {
             self.peer,
             self.peer_slot,
             self.more,
-        );
-        Config::parse(&text, &dir.join("holdfast.toml")).unwrap()
+        )
     }
 
     pub fn backing(&self) -> PathBuf {
@@ -321,4 +333,13 @@ impl Nbd {
 /// Runs what blocks (an application) beside the runtime of the replicators' control side.
 pub async fn blocking<R: Send + 'static>(work: impl FnOnce() -> R + Send + 'static) -> R {
     tokio::task::spawn_blocking(work).await.unwrap()
+}
+
+/// Waits for what only shows from outside; `judge` may block.
+pub async fn eventually(what: &str, judge: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !judge() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
+        tokio::time::sleep(Duration::from_millis(10)).await;
+    }
 }

@@ -1,6 +1,7 @@
 //! A decision in words, for `explain-handshake` and the event log.
 
 use super::{Decision, How, Outcome, Question};
+use crate::words;
 use holdfast_wire_format::ids::Slot;
 use holdfast_wire_format::metadata::CopyState;
 
@@ -10,7 +11,12 @@ pub type Names<'a> = &'a dyn Fn(Slot) -> String;
 /// What was decided, why, and what happens next, as a few sentences.
 pub fn explain(decision: &Decision, names: Names<'_>) -> String {
     let mut text = format!("Row {}: {}.\n", decision.row.number(), decision.why);
-    text.push_str(&outcome(&decision.outcome, names));
+    match &decision.outcome {
+        Outcome::Refuse { problem } if decision.why == problem.to_string() => {
+            text.push_str("The copies do not connect; nothing is changed.");
+        }
+        other => text.push_str(&outcome(other, names)),
+    }
     text
 }
 
@@ -37,7 +43,7 @@ fn outcome(outcome: &Outcome, names: Names<'_>) -> String {
                 text += &format!(" {target} cannot be promoted before that.");
             }
             if plan.target_becomes != CopyState::Complete {
-                text += &format!(" It ends {:?}, as its source is.", plan.target_becomes);
+                text += &format!(" It ends {}, as its source is.", words::state(plan.target_becomes));
             }
             if let Some(surplus) = plan.surplus {
                 let amount = surplus
@@ -64,7 +70,7 @@ fn outcome(outcome: &Outcome, names: Names<'_>) -> String {
                     names(side.slot),
                     side.branch.fork_position,
                     side.branch.epoch.number,
-                    if side.forced() { format!("forced on {}", names(Slot(side.branch.maker))) } else { format!("{:?}", side.branch.cause) }
+                    if side.forced() { format!("forced on {}", names(Slot(side.branch.maker))) } else { words::cause(side.branch.cause).into() }
                 );
             }
             text + "Pick the side whose writes are given up."

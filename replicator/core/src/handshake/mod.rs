@@ -242,7 +242,7 @@ pub enum Problem {
     )]
     VolumesDiffer { detail: String },
     #[error(
-        "volume {volume} has {first} bytes on one node and {second} on the other: grow the smaller one to the same size"
+        "volume {volume} has {first} bytes on one node and {second} on the other; nothing was changed. Stop the replicators and grow the smaller one to the same size (`holdfast volume grow`)"
     )]
     SizesDiffer {
         volume: u16,
@@ -250,7 +250,7 @@ pub enum Problem {
         second: u64,
     },
     #[error(
-        "volume {volume} has sectors of {first} bytes on one node and {second} on the other: recreate one of them"
+        "volume {volume} has sectors of {first} bytes on one node and {second} on the other; nothing was changed. Create one of them anew with the same `sector_size`, in the configuration of both"
     )]
     SectorSizesDiffer {
         volume: u16,
@@ -276,7 +276,7 @@ pub enum Problem {
     #[error("both disks failed: replace one, then restore or force what is left")]
     BothFailed,
     #[error(
-        "the disk of slot {failed} failed, and slot {server} is {state:?}, which is not fit to serve"
+        "the disk of slot {failed} failed, and slot {server} is {}, which is not fit to serve", crate::words::state(*.state)
     )]
     NoServer {
         failed: u8,

@@ -4,6 +4,7 @@ use super::facts::{Record, blank, mid_resync};
 use super::history::{current, holds};
 use super::{Outcome, StoreRecord, decide};
 use crate::api::Refusal;
+use crate::words;
 use holdfast_wire_format::frame::Facts;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::{CopyState, Mode, OnPeerLoss};
@@ -204,11 +205,11 @@ fn settled(
         return by_force(
             force,
             format!(
-                "the store's record (generation {}, in sync {:?}) does not name this copy (slot {}, {:?}, generation {}) as holding every acknowledged write",
+                "the store's record (generation {}, in sync {}) does not name this copy (slot {}, {}, generation {}) as holding every acknowledged write",
                 store.generation,
-                store.in_sync,
+                words::copies(store.in_sync),
                 me.slot.0,
-                me.state,
+                words::state(me.state),
                 current(me)
             ),
             me,
@@ -227,8 +228,8 @@ fn settled(
         return by_force(
             force,
             format!(
-                "this copy is {:?} and not known to hold every acknowledged write",
-                me.state
+                "this copy is {} and not known to hold every acknowledged write",
+                words::state(me.state)
             ),
             me,
         );
@@ -237,8 +238,8 @@ fn settled(
         return by_force(
             force,
             format!(
-                "this copy is {:?}, {} the in-sync set, and the other copy is unreachable",
-                me.state,
+                "this copy is {}, {} the in-sync set, and the other copy is unreachable",
+                words::state(me.state),
                 if in_s { "in" } else { "not in" }
             ),
             me,
@@ -300,6 +301,7 @@ fn unflushed(me: &Facts) -> String {
 
 fn refusal(what: impl Into<String>, kept: impl Into<String>, next: impl Into<String>) -> Refusal {
     Refusal {
+        kind: Default::default(),
         what: what.into(),
         kept: kept.into(),
         next: next.into(),

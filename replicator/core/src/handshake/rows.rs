@@ -97,8 +97,9 @@ impl<'a> Meeting<'a> {
             return wait(
                 row,
                 format!(
-                    "{why}. But slot {} is {:?} and may not be a source: a third copy, or a person, decides",
-                    x.slot.0, x.state
+                    "{why}. But slot {} is {} and may not be a source: a third copy, or a person, decides",
+                    x.slot.0,
+                    crate::words::state(x.state)
                 ),
             );
         }
@@ -174,10 +175,10 @@ impl<'a> Meeting<'a> {
             ));
         }
         let why = format!(
-            "the disk of slot {} failed; {} is {:?} and serves for both",
+            "the disk of slot {} failed; {} is {} and serves for both",
             failed.0,
             name(x),
-            x.state
+            crate::words::state(x.state)
         );
         Some(Decision {
             row: Row::R2,
@@ -616,11 +617,11 @@ impl<'a> Meeting<'a> {
         let list_of_y = list_usable(y, x, current(y));
         let how = by_lists(bits_of_x && (surplus.is_none() || list_of_y));
         let behind = format!(
-            "{} is behind {}, which left that generation at position {} ({:?} by slot {})",
+            "{} is behind {}, which left that generation at position {} ({} by slot {})",
             name(y),
             name(x),
             child.fork_position,
-            child.cause,
+            crate::words::cause(child.cause),
             child.maker
         );
         match surplus {
@@ -791,10 +792,10 @@ impl<'a> Meeting<'a> {
             .iter()
             .map(|s| {
                 format!(
-                    "slot {} at position {} ({:?} by slot {} in epoch {}, {})",
+                    "slot {} at position {} ({} by slot {} in epoch {}, {})",
                     s.slot.0,
                     s.branch.fork_position,
-                    s.branch.cause,
+                    crate::words::cause(s.branch.cause),
                     s.branch.maker,
                     s.branch.epoch.number,
                     amount(s.blocks)
