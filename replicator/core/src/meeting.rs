@@ -289,6 +289,19 @@ impl Core {
     ) {
         let slot = self.peers[at].slot;
         self.peers[at].is_primary = theirs.is_primary && theirs.epoch.number >= mine.epoch.number;
+        let follows = match &decision.outcome {
+            Outcome::Nothing => true,
+            Outcome::Copy(plan) => plan.target == self.slot,
+            _ => false,
+        };
+        if self.peers[at].is_primary
+            && !self.is_primary_like()
+            && follows
+            && self.sb.epoch_gate != theirs.epoch
+        {
+            // Both took the same number, and only that copy was promoted in it: its frames are the ones to take.
+            self.sb.epoch_gate = theirs.epoch;
+        }
         // Two copies that both follow a third, live primary leave each other alone.
         if !theirs.is_primary && !self.is_primary_like() && self.follows_third(at) {
             self.peers[at].relation = Relation::Agreeing;
@@ -456,6 +469,8 @@ impl Core {
             Relation::SourceWaiting => self.source_ready(at, session, out),
             // The other side decided before us; kept until we did.
             Relation::Greeting { .. } => {}
+            // Its other source is a live primary, and it leaves us alone: we meet again.
+            Relation::Waiting { .. } => {}
             _ => {
                 self.bad_frame(at, "Ready out of turn", out);
             }
@@ -663,6 +678,7 @@ impl Core {
             .contains(slot)
         {
             // It durably knows that it is a target, so it will not be promoted unasked: leaving S is safe.
+            self.hold_stable();
             self.sb.in_sync = self.sb.in_sync.without(slot);
             self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
             self.sb.in_sync_version += 1;
@@ -692,6 +708,7 @@ impl Core {
             started: self.now,
             ..SourceState::default()
         };
+        self.announce_in_sync(out);
         let text = format!("copying {total} bytes to copy {}", slot.0);
         self.notice(Level::Info, "resync-source", Some(slot), text, out);
         self.check_all(out);

@@ -88,6 +88,8 @@ pub(crate) struct ApplyOp {
     pub dependency: Position,
     pub in_overlap: bool,
     pub holds_log: bool,
+    /// In the window: some other copy may lack it (D7).
+    pub tracked: bool,
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -275,6 +277,11 @@ impl Window {
     }
     pub fn bytes(&self) -> u64 {
         self.bytes
+    }
+    /// The position of the newest entry that writes anything; 0 if there is none.
+    pub fn last_data(&self) -> Position {
+        let data = self.entries.iter().rev().find(|e| e.length > 0);
+        data.map_or(0, |e| e.position)
     }
     pub fn len(&self) -> usize {
         self.entries.len()

@@ -108,6 +108,8 @@ pub(crate) struct TargetState {
     /// Last resync sequence received, and last one begun.
     pub received_sequence: u64,
     pub begun_sequence: u64,
+    /// What was received up to here has durable bits toward third copies.
+    pub bits_saved: u64,
     pub received_bytes: u64,
     pub acks: Vec<(u64, u64)>,
     pub started: Time,
@@ -180,6 +182,8 @@ pub(crate) struct Inbox {
     pub pending_flushes: Vec<(u64, Position, u64)>,
     /// Tickets of flushes given to the local flush.
     pub flushing: Vec<u64>,
+    /// Once this is stable, this copy and the other members of S hold the same.
+    pub agree_at: Option<Position>,
 }
 
 impl Inbox {

@@ -111,7 +111,8 @@ impl Core {
             }
             (FrameKind::CompleteAck, _) => self.complete_ack(at, session, out),
             (FrameKind::InSync, Body::InSync { set, version }) => {
-                self.in_sync_told(at, set, version, out)
+                self.in_sync_told(at, set, version, header.position, out);
+                self.members_agree(at);
             }
             (FrameKind::PromoteRequest, Body::PromoteRequest { epoch }) => {
                 self.promote_request(at, session, epoch, out);
@@ -216,6 +217,7 @@ impl Core {
         if header.stable_position > self.peers[at].inbox.stable && self.peers[at].is_primary {
             self.peers[at].inbox.stable = header.stable_position;
             self.trim_window(out);
+            self.members_agree(at);
             self.pump_inbox(at, out);
         }
         Some(at)
@@ -329,6 +331,7 @@ impl Core {
             dependency: header.dependency,
             in_overlap: false,
             holds_log: false,
+            tracked: false,
         };
         peer.inbox.queued_bytes += op.length;
         let key = self.ops.insert(Op::Apply(op));
@@ -427,7 +430,6 @@ impl Core {
     }
 
     fn begin_apply(&mut self, at: usize, key: usize, out: &mut Actions) {
-        let async_copy = self.peers[at].their_mode == Mode::Async;
         let inbox = &mut self.peers[at].inbox;
         let ticket = inbox.next_ticket;
         inbox.next_ticket += 1;
@@ -448,7 +450,11 @@ impl Core {
         if in_order {
             self.issued = position;
         }
-        if in_order && !async_copy {
+        let tracked = in_order && self.tracks(at);
+        if let Some(Op::Apply(op)) = self.ops.get_mut(key) {
+            op.tracked = tracked;
+        }
+        if tracked {
             self.window.push(Entry {
                 position,
                 volume,
@@ -465,17 +471,45 @@ impl Core {
         }
     }
 
+    /// Whether what the primary `at` sends has to be remembered: this copy may become ahead of another one by it.
+    /// An asynchronous copy applies only what every member of S has durably, so it is ahead of none of those.
+    fn tracks(&self, at: usize) -> bool {
+        self.peers[at].their_mode != Mode::Async
+            || self
+                .peers
+                .iter()
+                .enumerate()
+                .any(|(other, p)| other != at && !self.sb.in_sync.contains(p.slot))
+    }
+
+    /// What a resync brings, copies outside S may lack: if its source is gone, this copy has to know (D7). The bits
+    /// are durable before the source hears of it and clears its own (`peer_flush_done`).
+    fn received_becomes_bits(&mut self, key: usize) {
+        let Some(Op::Apply(op)) = self.ops.get(key) else {
+            return;
+        };
+        let (source, volume, offset, length) = (op.peer, op.volume, op.offset, op.length);
+        for at in 0..self.peers.len() {
+            let slot = self.peers[at].slot;
+            let from_primary = self
+                .peer_index(source)
+                .is_some_and(|s| self.peers[s].is_primary);
+            if slot != source && !(from_primary && self.sb.in_sync.contains(slot)) {
+                self.set_bits(at, volume, offset, length);
+            }
+        }
+    }
+
     /// The overlap order let it through; now the activity log (D6).
     pub(crate) fn apply_ordered(&mut self, key: usize, out: &mut Actions) {
         let Some(Op::Apply(op)) = self.ops.get(key) else {
             return;
         };
-        let (volume, offset, length, kind, slot) =
-            (op.volume, op.offset, op.length, op.kind, op.peer);
-        let async_copy = self
-            .peer_index(slot)
-            .is_some_and(|at| self.peers[at].their_mode == Mode::Async);
-        if kind != ApplyKind::Write || async_copy {
+        let (volume, offset, length) = (op.volume, op.offset, op.length);
+        if !op.tracked {
+            if op.kind == ApplyKind::Resync {
+                self.received_becomes_bits(key);
+            }
             return self.apply_logged_or_free(key, false, out);
         }
         if self.log_waiting.is_empty() && self.try_hold(volume, offset, length) {
@@ -666,7 +700,32 @@ impl Core {
         }
     }
 
+    /// A flush for a peer is over: its acknowledgement is due, once the bits toward third copies are durable that
+    /// name what a resync brought (the source clears its own with this acknowledgement, D7).
     pub(crate) fn peer_flush_done(
+        &mut self,
+        at: usize,
+        session: SessionId,
+        ticket: u64,
+        position: Position,
+        resync_sequence: u64,
+        out: &mut Actions,
+    ) {
+        let target = &self.peers[at].target;
+        let more = resync_sequence > target.bits_saved
+            && matches!(self.peers[at].relation, Relation::Target)
+            && self.peers.len() > 1;
+        if more {
+            self.peers[at].target.bits_saved = resync_sequence;
+            if !self.save_unsaved_bits(out) {
+                let waiter = (at, session, ticket, position, resync_sequence);
+                return self.acks_after_save.push(waiter);
+            }
+        }
+        self.peer_flush_saved(at, session, ticket, position, resync_sequence, out);
+    }
+
+    pub(crate) fn peer_flush_saved(
         &mut self,
         at: usize,
         session: SessionId,

@@ -489,7 +489,12 @@ impl Core {
             }
         }
         self.parked = false;
-        self.tell_in_sync(at, out);
+        if self.role == Role::Primary {
+            self.peers[at].their_state = Some(CopyState::UpToDate);
+            self.announce_in_sync(out);
+        } else {
+            self.tell_in_sync(at, out);
+        }
         self.notice(
             Level::Info,
             "in-sync",
@@ -500,13 +505,62 @@ impl Core {
         self.check_all(out);
     }
 
-    pub(crate) fn tell_in_sync(&mut self, at: usize, out: &mut Actions) {
+    /// S is about to lose a member: see `stable_held`.
+    pub(crate) fn hold_stable(&mut self) {
+        if self.role == Role::Primary && self.stable_held.is_none() {
+            self.stable_held = Some(self.stable_position());
+        }
+    }
+
+    /// Every follower hears of a change of S, in the order of the writes: it remembers what copies outside S may lack.
+    pub(crate) fn announce_in_sync(&mut self, out: &mut Actions) {
+        if self.role == Role::Primary {
+            for at in 0..self.peers.len() {
+                if matches!(
+                    self.peers[at].relation,
+                    Relation::Established | Relation::Source
+                ) {
+                    self.send_in_sync(at, out);
+                }
+            }
+        }
+        self.stable_held = None;
+    }
+
+    fn send_in_sync(&mut self, at: usize, out: &mut Actions) {
         let body = Body::InSync {
             set: self.sb.in_sync,
             version: self.sb.in_sync_version,
         };
+        let mut header = self.header(FrameKind::InSync);
+        header.position = self.issued;
+        self.send(at, header, Payload::Body(body), out);
+    }
+
+    /// The primary said that this copy and others are in S, and all up to then is stable: they differ in nothing
+    /// but the window, so the bits toward those others name nothing any more (D7).
+    pub(crate) fn members_agree(&mut self, at: usize) {
+        let stable = self.peers[at].inbox.stable;
+        if self.peers[at].inbox.agree_at.is_none_or(|p| stable < p)
+            || !matches!(self.peers[at].relation, Relation::Established)
+        {
+            return;
+        }
+        self.peers[at].inbox.agree_at = None;
+        for other in 0..self.peers.len() {
+            if other != at && self.sb.in_sync.contains(self.peers[other].slot) {
+                for bitmap in &mut self.peers[other].bitmaps {
+                    bitmap.clear_all();
+                }
+                let (record, generation) = (self.peers[other].record, self.generation());
+                self.sb.peers[record].bitmap_base = generation;
+            }
+        }
+    }
+
+    pub(crate) fn tell_in_sync(&mut self, at: usize, out: &mut Actions) {
         self.peers[at].their_state = Some(CopyState::UpToDate);
-        self.send_body(at, FrameKind::InSync, body, out);
+        self.send_in_sync(at, out);
     }
 
     /// The session ended while the copy was joining. If S with it may be durable it stays in S.
@@ -522,18 +576,30 @@ impl Core {
         at: usize,
         set: SlotSet,
         version: u64,
+        position: Position,
         out: &mut Actions,
     ) {
-        if !matches!(self.peers[at].relation, Relation::Established) || self.is_primary_like() {
+        let in_turn = matches!(
+            self.peers[at].relation,
+            Relation::Established | Relation::Target
+        );
+        if !in_turn || self.is_primary_like() {
             self.bad_frame(at, "S was told out of turn", out);
             return;
         }
+        let became = set.contains(self.slot) && self.sb.state == CopyState::Complete;
+        // Members of S hold the same once all up to here is stable: see `members_agree`.
+        self.peers[at].inbox.agree_at = (set.contains(self.slot)
+            && matches!(self.peers[at].relation, Relation::Established)
+            && self.peers[at].is_primary)
+            .then_some(position);
         self.sb.in_sync = set;
         self.sb.in_sync_pending = set;
         self.sb.in_sync_version = version;
-        if set.contains(self.slot) && self.sb.state == CopyState::Complete {
-            self.sb.state = CopyState::UpToDate;
+        if !became {
+            return self.commit(Then::Nothing, out);
         }
+        self.sb.state = CopyState::UpToDate;
         let slot = self.peers[at].slot;
         self.notice(
             Level::Info,

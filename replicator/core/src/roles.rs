@@ -339,6 +339,7 @@ impl Core {
             return;
         };
         self.role = Role::Primary;
+        self.announce_in_sync(out);
         self.completed_max = self.issued;
         self.undo_drop(out);
         self.last_stable_flush = self.now;
@@ -720,6 +721,7 @@ impl Core {
             self.dropping = false;
             return self.check_all(out);
         }
+        self.hold_stable();
         for slot in missing.iter() {
             self.sb.in_sync = self.sb.in_sync.without(slot);
             self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
@@ -740,6 +742,7 @@ impl Core {
 
     pub(crate) fn peer_dropped(&mut self, out: &mut Actions) {
         self.dropping = false;
+        self.announce_in_sync(out);
         self.check_all(out);
     }
 

@@ -188,6 +188,9 @@ pub struct Core {
     pub(crate) local_flushed: Position,
     pub(crate) flush: LocalFlush,
     pub(crate) stable_flush_running: bool,
+    /// S is losing a member: what is stable without it is told only once every follower knows S without it, so that
+    /// none of them lets go of what that member lacks.
+    pub(crate) stable_held: Option<Position>,
     pub(crate) last_stable_flush: Time,
     pub(crate) held: VecDeque<Event>,
     pub(crate) suspended: bool,
@@ -203,6 +206,8 @@ pub struct Core {
     pub(crate) detach_flushed_once: bool,
     pub(crate) detach_recording: bool,
     pub(crate) save_queue: VecDeque<(usize, usize, u64)>,
+    /// Flush acknowledgements that wait for bitmap pages: peer, session, ticket, position, resync sequence.
+    pub(crate) acks_after_save: Vec<(usize, SessionId, u64, Position, u64)>,
     pub(crate) demotion: Option<Option<AdminId>>,
     pub(crate) detaching: Option<AdminId>,
     pub(crate) locks: BTreeMap<RequestId, usize>,

@@ -104,6 +104,9 @@ impl Core {
 
     /// Flushed by every member of the committed and the pending S, as this primary knows.
     pub(crate) fn stable_position(&self) -> Position {
+        if let Some(held) = self.stable_held {
+            return held;
+        }
         let mut stable = self.local_flushed;
         if let Some(server) = self
             .diskless
@@ -215,8 +218,8 @@ impl Core {
         if self.stable_flush_running || self.role != Role::Primary || stopped {
             return;
         }
-        // Nothing but flushes in the window: no need.
-        if self.window.bytes() == 0 {
+        // Everything written is stable, or was never anything but flushes: no need.
+        if self.window.last_data() <= self.stable_position() {
             return;
         }
         self.stable_flush_running = true;
@@ -423,6 +426,19 @@ impl Core {
                 .all(|p| p.bitmaps.iter().all(DirtyBitmap::is_saved))
     }
 
+    /// Saves every page that is not durable now, whatever is set meanwhile; true if there was none.
+    pub(crate) fn save_unsaved_bits(&mut self, out: &mut Actions) -> bool {
+        for peer in 0..self.peers.len() {
+            for volume in 0..self.volumes.len() {
+                let pages: Vec<u64> = self.peers[peer].bitmaps[volume].unsaved_pages().collect();
+                let queued = pages.into_iter().map(|page| (peer, volume, page));
+                self.save_queue.extend(queued);
+            }
+        }
+        self.pump_saves(out);
+        self.pages_in_flight == 0 && self.save_queue.is_empty()
+    }
+
     /// One page at a time: two writes of one summary block must not cross.
     fn pump_saves(&mut self, out: &mut Actions) {
         while self.pages_in_flight == 0 && !self.failed {
@@ -509,6 +525,13 @@ impl Core {
             _ => {}
         }
         self.pump_saves(out);
+        if self.pages_in_flight == 0 && self.save_queue.is_empty() {
+            for (at, session, ticket, position, sequence) in
+                std::mem::take(&mut self.acks_after_save)
+            {
+                self.peer_flush_saved(at, session, ticket, position, sequence, out);
+            }
+        }
         self.pump_log(out);
         self.pages_saved(out);
     }

@@ -696,6 +696,8 @@ impl Core {
                     free = (diskless && std::mem::take(&mut op.in_overlap)).then_some(key);
                     self.completed_max = self.completed_max.max(position);
                     if internal {
+                        // An asynchronous copy answers it only once it is stable: nobody waits for that.
+                        self.stable_flush_running = false;
                     } else if many {
                         self.piece_done(request, Status::Ok, out);
                     } else {
