@@ -434,6 +434,8 @@ impl Core {
             pieces: BTreeMap::new(),
             next_buf: BufId::CORE,
             dropping: false,
+            generation_committing: false,
+            issue_waiting: Vec::new(),
             generation_unknown_to: SlotSet::EMPTY,
             promotion: None,
             promotion_wanted: None,

@@ -684,8 +684,8 @@ impl Core {
             self.sb.in_sync_version += 1;
             if self.is_primary_like() {
                 self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
-                let generation = self.new_generation(GenerationCause::PeerLost);
-                self.announce_generation(generation, out);
+                self.new_generation(GenerationCause::PeerLost);
+                self.generation_committing = true;
             }
         }
         self.commit(Then::SourceRecorded { peer: at, session }, out);

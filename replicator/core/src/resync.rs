@@ -458,6 +458,10 @@ impl Core {
         };
         // This copy was its source: both hold the same, even if a newer epoch had gone on without this one.
         self.sb.in_sync = self.sb.in_sync.with(slot).with(self.slot);
+        if self.sb.state == CopyState::Complete {
+            // A member of S like the one it filled.
+            self.sb.state = CopyState::UpToDate;
+        }
         self.sb.flags.solo = false;
         self.sb.in_sync_version += 1;
         // Durable here before the copy hears of it.

@@ -372,6 +372,11 @@ impl Core {
                 && !self.sb.in_sync.contains(self.peers[at].slot)
             {
                 self.begin_join(at, out);
+            } else if self.peers[at].mode != Mode::Async
+                && self.peers[at].their_state == Some(CopyState::Complete)
+            {
+                // A former leader's `InSync` never reached it.
+                self.tell_in_sync(at, out);
             }
         }
         self.greet_waiting(out);
@@ -729,8 +734,8 @@ impl Core {
         self.sb.in_sync = self.sb.in_sync.with(self.slot);
         self.sb.in_sync_version += 1;
         self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
-        let generation = self.new_generation(GenerationCause::PeerLost);
-        self.announce_generation(generation, out);
+        self.new_generation(GenerationCause::PeerLost);
+        self.generation_committing = true;
         let text = format!(
             "{} left the in-sync set, in it are {}: degraded, the service goes on",
             words::copies(missing),
@@ -738,6 +743,21 @@ impl Core {
         );
         self.notice(Level::Error, "peer-dropped", None, text, out);
         self.commit(Then::PeerDropped, out);
+    }
+
+    /// A generation made while serving is durable: the connected copies hear of it, and what waited is issued.
+    pub(crate) fn generation_committed(&mut self, out: &mut Actions) {
+        if !std::mem::take(&mut self.generation_committing) {
+            return;
+        }
+        if self.is_primary_like()
+            && let Some(generation) = self.sb.generations.last().copied()
+        {
+            self.announce_generation(generation, out);
+        }
+        for key in std::mem::take(&mut self.issue_waiting) {
+            self.issue(key, out);
+        }
     }
 
     pub(crate) fn peer_dropped(&mut self, out: &mut Actions) {
@@ -793,7 +813,8 @@ impl Core {
         if self.parked_in_demotion() {
             self.end_client_io(Status::Io, true, out);
         }
-        if self.client_in_flight() || !self.generation_unknown_to.is_empty() || self.dropping {
+        let settled = self.generation_unknown_to.is_empty() && !self.generation_committing;
+        if self.client_in_flight() || !settled || self.dropping {
             return;
         }
         if !self.demote_flush_sent {

@@ -197,6 +197,11 @@ pub struct Core {
     pub(crate) pieces: BTreeMap<RequestId, PieceState>,
     pub(crate) next_buf: u64,
     pub(crate) dropping: bool,
+    /// A generation made while serving is on its way to the disk: nobody hears of it, and nothing is issued in it,
+    /// before it is there (a generation that only a peer knows would have no source after a power cut).
+    pub(crate) generation_committing: bool,
+    /// Client operations that wait for that.
+    pub(crate) issue_waiting: Vec<usize>,
     /// After `PeerDropped`: copies that must know the new generation before anything completes (D10).
     pub(crate) generation_unknown_to: SlotSet,
     pub(crate) promotion: Option<Promotion>,
@@ -417,8 +422,14 @@ impl Core {
             Then::Nothing => {}
             Then::Attached => self.attached_durably(out),
             Then::TargetRecorded { peer, session } => self.target_recorded(peer, session, out),
-            Then::SourceRecorded { peer, session } => self.source_recorded(peer, session, out),
-            Then::PeerDropped => self.peer_dropped(out),
+            Then::SourceRecorded { peer, session } => {
+                self.generation_committed(out);
+                self.source_recorded(peer, session, out);
+            }
+            Then::PeerDropped => {
+                self.generation_committed(out);
+                self.peer_dropped(out);
+            }
             Then::GateRaised {
                 peer,
                 session,

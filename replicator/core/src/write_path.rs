@@ -404,6 +404,9 @@ impl Core {
         if diskless && !internal && !self.diskless_serves() {
             return self.diskless_wait(key);
         }
+        if self.generation_committing {
+            return self.issue_waiting.push(key);
+        }
         self.issued += 1;
         let position = self.issued;
         let required = self.required();
@@ -724,6 +727,7 @@ impl Core {
     fn may_complete(&self) -> bool {
         self.role != Role::Secondary
             && !self.dropping
+            && !self.generation_committing
             && self.generation_unknown_to.is_empty()
             && (!self.failed || self.diskless_serves())
     }
@@ -870,8 +874,10 @@ impl Core {
             })
             .collect();
         self.log_waiting.retain(|key| !waiting.contains(key));
+        // These passed the log already and hold their extents.
+        let held = std::mem::take(&mut self.issue_waiting);
         for key in waiting {
-            self.abandon(key, false, status, out);
+            self.abandon(key, held.contains(&key), status, out);
         }
         // Parked: done here, but a required copy lacks it. It keeps its place in the window.
         let parked: Vec<usize> = self
