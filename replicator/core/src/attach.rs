@@ -422,6 +422,7 @@ impl Core {
             log_in_flight: false,
             pages_in_flight: 0,
             window: Window::default(),
+            window_of: None,
             issued: position,
             completed_max: position,
             local_flushed: position,

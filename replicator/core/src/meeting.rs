@@ -893,9 +893,23 @@ impl Core {
         self.peers[at].inbox.queued_bytes = 0;
     }
 
+    /// Another primary's order begins: what was not stable in the one before may be missing anywhere (D7).
+    pub(crate) fn window_becomes_bits(&mut self, out: &mut Actions) {
+        let entries: Vec<Entry> = self.window.iter().copied().collect();
+        for entry in entries.iter().filter(|e| e.length > 0) {
+            for peer in 0..self.peers.len() {
+                self.set_bits(peer, entry.volume, entry.offset, entry.length);
+            }
+        }
+        self.release_window(out);
+    }
+
     /// The primary's link is gone: what may have been lost with its cache becomes bits toward it, and what
     /// copies outside S may lack becomes bits toward them (D7, and "every promotable copy tracks").
     pub(crate) fn primary_gone(&mut self, at: usize, _out: &mut Actions) {
+        if self.window_of != Some(self.peers[at].slot) {
+            return;
+        }
         let stable = self.peers[at].inbox.stable;
         let entries: Vec<Entry> = self
             .window

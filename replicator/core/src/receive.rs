@@ -455,6 +455,11 @@ impl Core {
             op.tracked = tracked;
         }
         if tracked {
+            let order = Some(self.peers[at].slot);
+            if self.window_of != order {
+                self.window_becomes_bits(out);
+                self.window_of = order;
+            }
             self.window.push(Entry {
                 position,
                 volume,

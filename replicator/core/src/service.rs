@@ -182,6 +182,8 @@ pub struct Core {
     pub(crate) log_in_flight: bool,
     pub(crate) pages_in_flight: usize,
     pub(crate) window: Window,
+    /// Secondary: whose order the window holds. Positions of two primaries do not compare.
+    pub(crate) window_of: Option<Slot>,
     /// Primary: last position issued. Secondary: last received.
     pub(crate) issued: Position,
     pub(crate) completed_max: Position,

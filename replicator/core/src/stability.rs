@@ -152,7 +152,7 @@ impl Core {
                 let told = self
                     .peers
                     .iter()
-                    .filter(|p| p.is_primary)
+                    .filter(|p| p.is_primary && Some(p.slot) == self.window_of)
                     .map(|p| p.inbox.stable)
                     .max();
                 self.local_flushed.min(told.unwrap_or(0))
