@@ -249,16 +249,15 @@ impl Core {
         self.meet_again(at, "the mode of replication changed", out);
     }
 
-    /// Changing the policy while a member of S is missing decides who may go on alone: a force.
+    /// Every copy acts on its own record of the policy: a primary that goes on alone beside a copy that believes it
+    /// cannot would lose writes. So a change is a force, made on every copy while none is primary (C1).
     fn set_policy(&mut self, admin: AdminId, policy: OnPeerLoss, force: bool, out: &mut Actions) {
-        let missing = self.peers.iter().any(|p| {
-            self.sb.in_sync.contains(p.slot) && !matches!(p.relation, Relation::Established)
-        });
-        if missing && !force {
+        let alone = self.peers.is_empty();
+        if policy != self.sb.on_peer_loss && !alone && !force {
             let text = refusal(
-                "a member of S is not connected: the other side may act on the old policy",
+                "the other copies decide by their own record of the policy, and would go on by the old one",
                 "The policy stays as it is",
-                "Connect the copies first, or confirm that the other copy is off and use --force",
+                "Stop the service on every node, change the policy on each of them with --force, start it again",
             );
             return out.push(Action::AdminDone {
                 admin,

@@ -81,6 +81,17 @@ impl Core {
                 result: Err(refusal),
             });
         };
+        if self.detaching.is_some() {
+            return refuse(
+                self,
+                refusal(
+                    "the replicator stops",
+                    "No copy was promoted",
+                    "Start it again first",
+                ),
+                out,
+            );
+        }
         if self.failed {
             return refuse(
                 self,
