@@ -553,6 +553,11 @@ impl Core {
         let now = self.now;
         let slot = self.peers[at].slot;
         self.peers[at].relation = Relation::Target;
+        // What comes is counted in the source's order; our own count, of a generation that is given up, may be ahead
+        // of it and says nothing there (row 5 would take the source for an old disk). Where a rollback returns to is
+        // in `before_resync`.
+        self.issued = 0;
+        self.local_flushed = 0;
         self.peers[at].target = TargetState {
             started: now,
             ..TargetState::default()

@@ -340,6 +340,13 @@ impl Core {
         self.local_flushed = self.local_flushed.max(self.peers[at].target.done_position);
         self.sb.state = CopyState::Complete;
         self.sb.generation_base = self.peers[at].target.generation_base.unwrap_or(0);
+        // From here on our bits toward the source begin at the generation both are in (promise 2 of `handshake.md`).
+        let record = self.peers[at].record;
+        self.sb.peers[record].bitmap_base = self.peers[at]
+            .their_generations
+            .last()
+            .map_or(GenerationId(0), |g| g.id);
+        self.sb.peers[record].full_copy = false;
         self.sb.target_of = GenerationId(0);
         self.sb.flags.rolled_back = false;
         self.sb.flags.undo_lost = false;
