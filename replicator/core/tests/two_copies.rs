@@ -470,3 +470,21 @@ fn a_superseded_primary_does_not_look_ahead_of_its_source() {
         }
     }
 }
+
+/// Neither copy was zeroed: once a person picked one, the other is filled without being told to connect again.
+#[test]
+fn two_blank_copies_go_on_when_one_was_picked() {
+    let mut w = World::new(
+        3,
+        &[Mode::Sync, Mode::Sync],
+        OnPeerLoss::Suspend,
+        &[SIZE, SIZE / 2],
+        false,
+    );
+    w.start(0);
+    w.start(1);
+    w.steps(3000);
+    w.promote(0, false).unwrap_err();
+    w.promote(0, true).unwrap_or_else(|e| panic!("{e}"));
+    in_sync_again(&mut w, &[0, 1]);
+}
