@@ -132,11 +132,10 @@ impl Cluster {
             // Nobody knows what was on a device: somebody must say which copy the service starts from.
             for other in 1..settings.nodes {
                 cluster[0].until("it says that nobody knows", |service| {
-                    service.peers[other - 1].link == LinkName::Off
+                    service.peers[other - 1].link == LinkName::Handshake
                 });
             }
             cluster[0].force();
-            cluster[0].must(&["connect", SERVICE]);
         }
         cluster.until_connected();
         cluster
