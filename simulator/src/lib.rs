@@ -59,7 +59,12 @@ fn report_panics() {
                 return before(info);
             };
             let place = info.location().map_or(String::new(), ToString::to_string);
-            let what = info.payload_as_str().unwrap_or("no message");
+            let payload = info.payload();
+            let what = payload
+                .downcast_ref::<&str>()
+                .copied()
+                .or_else(|| payload.downcast_ref::<String>().map(String::as_str))
+                .unwrap_or("no message");
             let _ = report.send(Outcome {
                 failure: Some(format!("a core panicked: {what} at {place}")),
                 coverage: Coverage {

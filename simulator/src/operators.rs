@@ -161,10 +161,8 @@ impl World {
                 self.order(node, "resume", Command::ResumeResync);
             }
             FaultKind::SuspendIo { node, .. } => self.order(node, "resume-io", Command::ResumeIo),
-            FaultKind::Detach { node, .. } => {
-                if self.nodes[node].core.is_none() {
-                    self.restart(node, 0);
-                }
+            FaultKind::Detach { node, .. } if self.nodes[node].core.is_none() => {
+                self.restart(node, 0);
             }
             _ => {}
         }

@@ -49,6 +49,9 @@ struct Tenure {
     snapshot: Vec<Vec<u64>>,
 }
 
+/// When something was lost; by copy, when it had last lost power, and when its process had last ended.
+type Loss = (u64, Vec<Option<u64>>, Vec<Option<u64>>);
+
 /// What the oracle knows.
 #[derive(Debug)]
 pub struct Oracle {
@@ -68,7 +71,7 @@ pub struct Oracle {
     lost_since: Vec<Option<u64>>,
     killed_since: Vec<Option<u64>>,
     /// The same at each such moment, with what was lost then.
-    losses: Vec<(u64, Vec<Option<u64>>, Vec<Option<u64>>)>,
+    losses: Vec<Loss>,
     settled_set: SlotSet,
     /// A person forced something and the copies were not seen equal since.
     pub forked: bool,
@@ -217,7 +220,7 @@ impl Oracle {
                 || self.all[write.volume].get(&sector).is_some_and(|ids| {
                     ids.iter()
                         .map(|i| &self.writes[*i as usize])
-                        .any(|w| w.value == value && !w.ended.is_some_and(|e| e < write.invoked))
+                        .any(|w| w.value == value && w.ended.is_none_or(|e| e >= write.invoked))
                 });
             if !covered {
                 return Err(format!(
@@ -434,10 +437,10 @@ impl Oracle {
     }
 
     fn settle(&mut self, now: u64, node: usize, view: &[Vec<u64>]) {
-        for volume in 0..view.len() {
+        for (volume, held) in view.iter().enumerate() {
             let sectors: Vec<u64> = self.history[volume].keys().copied().collect();
             for sector in sectors {
-                let value = view[volume][sector as usize];
+                let value = held[sector as usize];
                 let found = self.explain(volume, sector, value, node).flatten();
                 let entries = self.history[volume]
                     .get(&sector)
@@ -651,12 +654,6 @@ impl Oracle {
             )),
             _ => Ok(()),
         }
-    }
-
-    /// Members of the set by number.
-    #[must_use]
-    pub fn everyone(copies: usize) -> SlotSet {
-        (0..copies).fold(SlotSet::EMPTY, |s, n| s.with(Slot(n as u8)))
     }
 }
 

@@ -124,7 +124,6 @@ pub(crate) struct Node {
     pub broken_disk: bool,
     /// Runs on a disk that was restored from an old image and has not met the others since.
     pub restored: bool,
-    pub image: Option<Disk>,
     pub role: Role,
     pub suspended_by_operator: bool,
     pub admin: BTreeMap<u64, &'static str>,
@@ -194,7 +193,6 @@ impl World {
                 fail_next: 0,
                 broken_disk: false,
                 restored: false,
-                image: None,
                 role: Role::Secondary,
                 suspended_by_operator: false,
                 admin: BTreeMap::new(),

@@ -806,7 +806,13 @@ impl Core {
         out: &mut Actions,
     ) {
         let slot = self.peers[at].slot.0 as usize;
-        for position in first..=last {
+        // A peer may name what it likes (D14): only what is in the window counts.
+        let begin = self
+            .window
+            .iter()
+            .next()
+            .map_or(first, |e| e.position.max(first));
+        for position in begin..=last.min(self.issued) {
             let Some(entry) = self.window.get(position) else {
                 continue;
             };

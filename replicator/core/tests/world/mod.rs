@@ -1,5 +1,8 @@
 //! A small deterministic world of copies: disks with a volatile cache, links in order, steps in random order.
 
+// Each test program uses a part of it.
+#![allow(dead_code)]
+
 use holdfast_replicator_core::api::*;
 use holdfast_replicator_core::{Core, CreateParameters, CreateVolume, create};
 use holdfast_wire_format::frame::*;
@@ -53,12 +56,15 @@ pub struct Node {
     pub broken: bool,
 }
 
+/// Header and payload of a frame on its way.
+pub type Encoded = (Vec<u8>, Vec<u8>);
+
 pub struct World {
     pub rng: Rng,
     pub now: Time,
     pub nodes: Vec<Node>,
     /// (from, to) → frames in order; a link exists while `sessions` has the pair.
-    pub wires: BTreeMap<(usize, usize), VecDeque<(Vec<u8>, Vec<u8>)>>,
+    pub wires: BTreeMap<(usize, usize), VecDeque<Encoded>>,
     pub sessions: BTreeMap<(usize, usize), SessionId>,
     pub cut: Vec<(usize, usize)>,
     next_session: u64,
