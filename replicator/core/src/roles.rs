@@ -599,7 +599,12 @@ impl Core {
         for (other, peer) in self.peers.iter_mut().enumerate() {
             peer.is_primary = other == at;
         }
-        self.peers[at].their_generations.push(generation);
+        let peer = &mut self.peers[at];
+        append_generation(
+            &mut peer.their_generations,
+            &mut peer.their_generations_cut,
+            generation,
+        );
         match self.peers[at].relation {
             Relation::Target | Relation::TargetPreparing => {
                 // Recorded with Complete; until then this copy is a target of the source's line anyway.

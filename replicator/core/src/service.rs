@@ -511,11 +511,11 @@ impl Core {
     }
 
     pub(crate) fn push_generation(&mut self, generation: Generation) {
-        self.sb.generations.push(generation);
-        if self.sb.generations.len() > MAX_GENERATIONS {
-            self.sb.generations.remove(0);
-            self.sb.generations_cut = true;
-        }
+        append_generation(
+            &mut self.sb.generations,
+            &mut self.sb.generations_cut,
+            generation,
+        );
     }
 
     pub(crate) fn alloc_buf(&mut self, length: u32, out: &mut Actions) -> BufId {
@@ -669,5 +669,19 @@ impl Core {
         self.try_promotion(out);
         self.greet_waiting(out);
         self.undo_prepare_progress(out);
+    }
+}
+
+/// Adds a generation to a history, which forgets the oldest one when it is full, and says so: what is kept must fit a superblock
+/// and a hello, also where it is another copy's.
+pub(crate) fn append_generation(
+    generations: &mut Vec<Generation>,
+    cut: &mut bool,
+    generation: Generation,
+) {
+    generations.push(generation);
+    if generations.len() > MAX_GENERATIONS {
+        generations.remove(0);
+        *cut = true;
     }
 }

@@ -488,3 +488,22 @@ fn two_blank_copies_go_on_when_one_was_picked() {
     w.promote(0, true).unwrap_or_else(|e| panic!("{e}"));
     in_sync_again(&mut w, &[0, 1]);
 }
+
+#[test]
+fn more_generations_than_a_superblock_holds() {
+    for policy in [OnPeerLoss::Suspend, OnPeerLoss::Continue] {
+        let mut w = pair(41, policy);
+        w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+        // Each return of the other copy begins a generation, the last ones while it is a target already.
+        for round in 0..MAX_GENERATIONS + 6 {
+            let requests = load(&mut w, 0, 4);
+            w.crash(1, false);
+            w.steps(50);
+            w.start(1);
+            all_ok(&mut w, 0, &requests);
+            in_sync_again(&mut w, &[0, 1]);
+            same(&w, 0, 1);
+            assert!(w.nodes[1].core.is_some(), "round {round}: the copy halted");
+        }
+    }
+}
