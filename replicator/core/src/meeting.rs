@@ -938,8 +938,7 @@ impl Core {
             .collect();
         for entry in &entries {
             for peer in 0..self.peers.len() {
-                // A primary without a disk has none of it (D13).
-                if peer != at || self.peers[at].diskless || entry.position > stable {
+                if peer != at || entry.position > stable {
                     self.set_bits(peer, entry.volume, entry.offset, entry.length);
                 }
             }

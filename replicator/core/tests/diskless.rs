@@ -117,6 +117,16 @@ fn reads_back(w: &mut World, blocks: &Blocks) {
     }
 }
 
+/// Everything written is flushed, and the server heard that it is stable: its window names none of it any more, so
+/// only its bits still say what the failed disk lacks.
+fn stable(w: &mut World) {
+    let flush = w.flush(0);
+    w.until("the flush is answered", 20_000, |w| {
+        w.status_of(0, flush).is_some()
+    });
+    w.steps(400);
+}
+
 #[test]
 fn the_service_goes_on_without_the_primarys_disk() {
     for mode in [Mode::Sync, Mode::SemiSync] {
@@ -157,6 +167,9 @@ fn the_service_moves_to_the_server_and_the_repaired_disk_follows() {
         w.nodes[0].broken = true;
         blocks.write(&mut w, 20);
         w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        if seed % 2 == 0 {
+            stable(&mut w);
+        }
         w.command(0, Command::Demote)
             .unwrap_or_else(|e| panic!("{e}"));
         w.promote(1, false).unwrap_or_else(|e| panic!("{e}"));
@@ -186,6 +199,9 @@ fn the_old_disk_is_no_source_even_if_the_diskless_machine_died() {
         w.nodes[0].broken = true;
         blocks.write(&mut w, 20);
         w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        if seed % 3 == 0 {
+            stable(&mut w);
+        }
         w.crash(0, true);
         w.nodes[0].broken = false;
         if seed % 2 == 0 {
@@ -308,5 +324,56 @@ fn a_third_copy_follows_once_the_service_moved() {
             w.nodes[1].disk.data == w.nodes[2].disk.data
         });
         blocks.check(&w, 2);
+    }
+}
+
+/// The failed disk's own log names only what was hot before it failed: what was written afterwards to other extents is
+/// named by the server's bits alone (D7).
+#[test]
+fn the_server_knows_what_the_failed_disk_lacks() {
+    const EXTENT: u64 = 4 << 20;
+    for case in 0..4 {
+        let mut w = World::new(
+            case,
+            &[Mode::Sync, Mode::Sync],
+            OnPeerLoss::Suspend,
+            &[3 * EXTENT],
+            true,
+        );
+        w.start(0);
+        w.start(1);
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1]));
+        w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+        let write = |w: &mut World, offset: u64| {
+            let request = w.write(0, 0, offset, vec![7; BLOCK as usize], false);
+            w.until("the write is answered", 20_000, |w| {
+                w.status_of(0, request).is_some()
+            });
+            assert_eq!(w.status_of(0, request), Some(Status::Ok));
+        };
+        write(&mut w, 0);
+        w.nodes[0].broken = true;
+        write(&mut w, 8 * BLOCK);
+        write(&mut w, EXTENT + 3 * BLOCK);
+        // Trimmed from the server's window, or still in it.
+        if case % 2 == 0 {
+            stable(&mut w);
+        }
+        // The primary is asked to stop, or its machine dies.
+        if case / 2 == 0 {
+            w.command(0, Command::Demote)
+                .unwrap_or_else(|e| panic!("{e}"));
+        }
+        w.crash(0, false);
+        w.nodes[0].broken = false;
+        w.start(0);
+        w.nodes[1].wants = vec![Slot(0)];
+        w.until("both are up to date", 400_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(0) && w.up_to_date(1)
+        });
+        assert!(
+            w.nodes[0].disk.data == w.nodes[1].disk.data,
+            "the copies are equal (case {case})"
+        );
     }
 }
