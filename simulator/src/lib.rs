@@ -1,7 +1,7 @@
 //! A deterministic world that runs the real cores from one seed and tries to lose data.
 //!
 //! Everything that can go wrong comes from the seed: the shape of the cluster, the order of events, faults and
-//! orders at the wrong moment. `docs/simulator.md` says what is modelled and what is checked.
+//! orders at the wrong moment.
 
 mod checks;
 mod clients;

@@ -1,4 +1,4 @@
-//! The bytes of frames. Byte by byte in `docs/wire.md`.
+//! The bytes of frames.
 //!
 //! ```text
 //! 0   magic "HFR1" | 4 version u8 | 5 kind u8 | 6 flags u8 | 7 zero u8

@@ -1,6 +1,6 @@
 //! The bytes of a superblock: 4096, two slots, the newer whole one counts (D16).
 //!
-//! Byte by byte in `docs/metadata.md`.
+//! This file is the description of the layout.
 
 use crate::bytes::{Fault, Reader, Writer};
 use crate::ids::*;
