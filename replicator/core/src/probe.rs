@@ -50,14 +50,21 @@ impl Core {
         Some((peer.relation.name(), peer.dirty_bits()))
     }
 
+    /// Whether this copy has a dirty bit toward `slot` in the range.
+    #[doc(hidden)]
+    pub fn marked(&self, slot: Slot, volume: VolumeIndex, offset: u64, length: u64) -> bool {
+        self.peer_index(slot)
+            .is_some_and(|at| self.peers[at].bitmaps[volume.0 as usize].any_set(offset, length))
+    }
+
     /// D7: whether this copy knows that the range may differ from `slot`'s: a dirty bit, a hot extent, or a
     /// write that is not yet stable.
     #[doc(hidden)]
     pub fn may_differ(&self, slot: Slot, volume: VolumeIndex, offset: u64, length: u64) -> bool {
-        let Some(at) = self.peer_index(slot) else {
+        if self.peer_index(slot).is_none() {
             return true;
-        };
-        self.peers[at].bitmaps[volume.0 as usize].any_set(offset, length)
+        }
+        self.marked(slot, volume, offset, length)
             || self
                 .extents(volume, offset, length)
                 .any(|extent| self.log.is_hot(extent))

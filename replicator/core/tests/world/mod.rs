@@ -51,6 +51,8 @@ pub struct Node {
     pub notices: Vec<Notice>,
     pub wants: Vec<Slot>,
     pub starts: u64,
+    /// Bytes of old blocks written to the undo area.
+    pub undo_bytes: u64,
     pub reads: BTreeMap<RequestId, (BufId, Vec<u8>)>,
     /// The disk answers everything with an error.
     pub broken: bool,
@@ -75,6 +77,8 @@ pub struct World {
     pub policy: OnPeerLoss,
     pub trace: bool,
     pub tuning: Tuning,
+    /// A crash may tear blocks of metadata that are being written.
+    pub tear_metadata: bool,
 }
 
 const SERVICE: Uuid = Uuid(0x1111_2222_3333_4444_5555_6666_7777_8888);
@@ -106,6 +110,18 @@ impl World {
         volumes: &[u64],
         zeroed: bool,
     ) -> World {
+        World::with_undo(seed, modes, policy, volumes, zeroed, 1 << 20)
+    }
+
+    /// The same with an undo area of that many bytes.
+    pub fn with_undo(
+        seed: u64,
+        modes: &[Mode],
+        policy: OnPeerLoss,
+        volumes: &[u64],
+        zeroed: bool,
+        undo_size: u64,
+    ) -> World {
         let mut world = World {
             rng: Rng(seed),
             now: Time(1_000_000_000),
@@ -125,6 +141,7 @@ impl World {
                 resync_window_bytes: 256 << 10,
                 ..Tuning::default()
             },
+            tear_metadata: false,
         };
         let in_sync = (0..modes.len())
             .filter(|n| modes[*n] != Mode::Async)
@@ -151,7 +168,7 @@ impl World {
                         sector_size: 512,
                         grain_shift: None,
                         al_blocks: 16,
-                        undo_size: 1 << 20,
+                        undo_size,
                         zeroed,
                     })
                     .collect(),
@@ -175,6 +192,7 @@ impl World {
                 notices: Vec::new(),
                 wants: Vec::new(),
                 starts: 0,
+                undo_bytes: 0,
                 reads: BTreeMap::new(),
                 broken: false,
             });
@@ -232,7 +250,19 @@ impl World {
             self.drop_link(n, m, "crash");
         }
         let pending = std::mem::take(&mut self.nodes[n].pending);
-        for action in pending {
+        for mut action in pending {
+            if let Action::MetaWrite { place, bytes, .. } = &mut action
+                && self.tear_metadata
+            {
+                // Any sectors of it may land.
+                let old = self.nodes[n].disk.meta.get(&(place.volume.0, place.offset));
+                let old = old.cloned().unwrap_or_else(|| vec![0; bytes.len()]);
+                for (new, old) in bytes.chunks_mut(512).zip(old.chunks(512)) {
+                    if self.rng.chance(50) {
+                        new.copy_from_slice(old);
+                    }
+                }
+            }
             // What was submitted may land or not.
             if self.rng.chance(50) {
                 self.apply_disk(n, &action);
@@ -481,6 +511,7 @@ impl World {
             Action::MetaWriteBuf {
                 place, buf, length, ..
             } => {
+                node.undo_bytes += u64::from(*length);
                 for (i, block) in node.bufs[&buf.0].clone()[..*length as usize]
                     .chunks(4096)
                     .enumerate()
