@@ -238,7 +238,13 @@ impl Plan {
         } else {
             Mode::Sync
         };
-        let modes = vec![pair, pair, Mode::Async][..copies].to_vec();
+        // A third copy follows asynchronously, or is one more member of S.
+        let third = if seed.is_multiple_of(4) {
+            pair
+        } else {
+            Mode::Async
+        };
+        let modes = vec![pair, pair, third][..copies].to_vec();
         let policy = if rng.chance(300) {
             OnPeerLoss::Continue
         } else {

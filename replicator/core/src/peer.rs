@@ -182,8 +182,6 @@ pub(crate) struct Inbox {
     pub pending_flushes: Vec<(u64, Position, u64)>,
     /// Tickets of flushes given to the local flush.
     pub flushing: Vec<u64>,
-    /// Once this is stable, this copy and the other members of S hold the same.
-    pub agree_at: Option<Position>,
 }
 
 impl Inbox {

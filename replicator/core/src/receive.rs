@@ -111,8 +111,7 @@ impl Core {
             }
             (FrameKind::CompleteAck, _) => self.complete_ack(at, session, out),
             (FrameKind::InSync, Body::InSync { set, version }) => {
-                self.in_sync_told(at, set, version, header.position, out);
-                self.members_agree(at);
+                self.in_sync_told(at, set, version, out);
             }
             (FrameKind::PromoteRequest, Body::PromoteRequest { epoch }) => {
                 self.promote_request(at, session, epoch, out);
@@ -217,7 +216,6 @@ impl Core {
         if header.stable_position > self.peers[at].inbox.stable && self.peers[at].is_primary {
             self.peers[at].inbox.stable = header.stable_position;
             self.trim_window(out);
-            self.members_agree(at);
             self.pump_inbox(at, out);
         }
         Some(at)

@@ -543,30 +543,7 @@ impl Core {
             set: self.sb.in_sync,
             version: self.sb.in_sync_version,
         };
-        let mut header = self.header(FrameKind::InSync);
-        header.position = self.issued;
-        self.send(at, header, Payload::Body(body), out);
-    }
-
-    /// The primary said that this copy and others are in S, and all up to then is stable: they differ in nothing
-    /// but the window, so the bits toward those others name nothing any more (D7).
-    pub(crate) fn members_agree(&mut self, at: usize) {
-        let stable = self.peers[at].inbox.stable;
-        if self.peers[at].inbox.agree_at.is_none_or(|p| stable < p)
-            || !matches!(self.peers[at].relation, Relation::Established)
-        {
-            return;
-        }
-        self.peers[at].inbox.agree_at = None;
-        for other in 0..self.peers.len() {
-            if other != at && self.sb.in_sync.contains(self.peers[other].slot) {
-                for bitmap in &mut self.peers[other].bitmaps {
-                    bitmap.clear_all();
-                }
-                let (record, generation) = (self.peers[other].record, self.generation());
-                self.sb.peers[record].bitmap_base = generation;
-            }
-        }
+        self.send_body(at, FrameKind::InSync, body, out);
     }
 
     pub(crate) fn tell_in_sync(&mut self, at: usize, out: &mut Actions) {
@@ -587,7 +564,6 @@ impl Core {
         at: usize,
         set: SlotSet,
         version: u64,
-        position: Position,
         out: &mut Actions,
     ) {
         let in_turn = matches!(
@@ -599,11 +575,6 @@ impl Core {
             return;
         }
         let became = set.contains(self.slot) && self.sb.state == CopyState::Complete;
-        // Members of S hold the same once all up to here is stable: see `members_agree`.
-        self.peers[at].inbox.agree_at = (set.contains(self.slot)
-            && matches!(self.peers[at].relation, Relation::Established)
-            && self.peers[at].is_primary)
-            .then_some(position);
         self.sb.in_sync = set;
         self.sb.in_sync_pending = set;
         self.sb.in_sync_version = version;

@@ -252,9 +252,14 @@ fn settled(
         });
     }
     let owner_is_other = me.epoch.number > 0 && me.epoch.owner != me.slot.0;
+    // A third member of S has the same right as this one, and one of the two would not know of the other (C1).
+    let no_third = me
+        .in_sync
+        .iter()
+        .all(|slot| slot == me.slot || slot.0 == me.epoch.owner);
     // In semi-sync mode a member that stopped uncleanly may have had completed writes in memory alone.
     let kept_all = !(me.unclean_start && me.mode != Mode::Sync);
-    if me.on_peer_loss == OnPeerLoss::Suspend && owner_is_other && kept_all {
+    if me.on_peer_loss == OnPeerLoss::Suspend && owner_is_other && no_third && kept_all {
         return Ok(Promotion {
             kind: PromotionKind::AfterSuspended,
             may_lose: unflushed(me),
@@ -262,6 +267,8 @@ fn settled(
     }
     let what = if me.on_peer_loss == OnPeerLoss::Continue {
         "the other copy is unreachable, and under `continue` it may have gone on alone"
+    } else if owner_is_other && !no_third {
+        "a third copy is in sync too, and it may have been promoted instead"
     } else if !kept_all {
         "this copy stopped uncleanly in semi-sync mode, and what it held in memory alone is gone"
     } else {

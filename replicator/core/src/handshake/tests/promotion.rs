@@ -44,6 +44,14 @@ fn under_suspend_only_the_copy_that_was_not_primary_goes_on_alone() {
 }
 
 #[test]
+fn two_followers_of_a_lost_primary_do_not_both_have_the_right() {
+    let (_, mut b) = pair();
+    b.in_sync = SlotSet(0b111);
+    assert_eq!(kind(&b, None, false), None, "slot 2 could do the same");
+    assert_eq!(kind(&b, None, true), Some(PromotionKind::Forced));
+}
+
+#[test]
 fn under_continue_promotion_opposite_an_unreachable_primary_is_a_force() {
     let (_, mut b) = pair();
     b.on_peer_loss = OnPeerLoss::Continue;
