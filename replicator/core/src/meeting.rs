@@ -352,21 +352,13 @@ impl Core {
                 );
                 self.close(at, GoodbyeCode::SplitBrain, &decision.why, false, out);
             }
-            // A forced promotion answers it, on either side: they meet again until then.
-            Outcome::AskPerson {
+            // A third copy, or a person who promotes one of two blank ones by force, changes what is decided: until
+            // then they meet again.
+            Outcome::WaitForThird
+            | Outcome::AskPerson {
                 question: handshake::Question::PickFirst { .. },
             } => {
                 self.peers[at].last_error = decision.why.clone();
-                self.notice(
-                    Level::Warning,
-                    "waiting",
-                    Some(slot),
-                    decision.why.clone(),
-                    out,
-                );
-                self.peers[at].relation = Relation::Waiting { since: self.now };
-            }
-            Outcome::WaitForThird => {
                 self.notice(
                     Level::Warning,
                     "waiting",
