@@ -173,6 +173,9 @@ pub struct Superblock {
     pub generations: Vec<Generation>,
     /// True if older generations were dropped from the list.
     pub generations_cut: bool,
+    /// The activity log does not name everything that may differ after an unclean stop: this run keeps none, or the log was found
+    /// damaged and the bits that stand for it are not durable yet. Every block counts then.
+    pub log_incomplete: bool,
     /// Disk ids of all volumes of this copy, by volume index (MAX_VOLUMES at most).
     pub volume_disks: Vec<Uuid>,
     pub peers: [PeerRecord; MAX_PEERS],

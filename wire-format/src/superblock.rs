@@ -121,7 +121,7 @@ pub fn encode(sb: &Superblock) -> Result<[u8; SUPERBLOCK_LENGTH], SuperblockErro
     w.u64(sb.position);
     w.u64(sb.generation_base);
     w.u8(sb.generations.len() as u8);
-    w.u8(u8::from(sb.generations_cut));
+    w.u8(crate::bytes::pack([sb.generations_cut, sb.log_incomplete]));
     w.u8(sb.volume_disks.len() as u8);
     w.zero(FIXED - w.len());
     for generation in &sb.generations {
@@ -277,7 +277,7 @@ fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
     let position = r.u64()?;
     let generation_base = r.u64()?;
     let generation_count = usize::from(r.u8()?);
-    let generations_cut = r.flags(1)? == 1;
+    let [generations_cut, log_incomplete] = crate::bytes::unpack(r.flags(0b11)?);
     let disk_count = usize::from(r.u8()?);
     if generation_count > MAX_GENERATIONS || disk_count > MAX_VOLUMES {
         return Err("a list is longer than allowed");
@@ -336,6 +336,7 @@ fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
         generation_base,
         generations,
         generations_cut,
+        log_incomplete,
         volume_disks,
         peers,
         features_incompatible,

@@ -444,6 +444,7 @@ impl Core {
     pub(crate) fn pages_saved(&mut self, out: &mut Actions) {
         self.undo_prepare_progress(out);
         self.rollback_progress(out);
+        self.log_recovery_progress(out);
         if self.detaching.is_none()
             || !self.detach_flushed_once
             || self.detach_recording

@@ -3,6 +3,7 @@
 use crate::activity_log::ActivityLog;
 use crate::api::*;
 use crate::bitmap::{DirtyBitmap, SUMMARY_CLEAN, SUMMARY_DAMAGED, SUMMARY_PARTIAL};
+use crate::log_recovery::LogRecovery;
 use crate::op::*;
 use crate::overlap::OverlapIndex;
 use crate::peer::*;
@@ -176,6 +177,7 @@ pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateE
             generation_base: 0,
             generations: Vec::new(),
             generations_cut: false,
+            log_incomplete: false,
             volume_disks: disks.clone(),
             peers,
             features_incompatible: 0,
@@ -365,9 +367,10 @@ impl Core {
             }
             peers.push(new_peer(p, record, bitmaps, now));
         }
-        let mut log = read_log(meta, &sb, &volumes[0].layout)?;
-        let damaged = log.1;
-        let hot = log.0.hot_extents();
+        let (mut log, damaged) = read_log(meta, &sb, &volumes[0].layout)?;
+        let hot = log.hot_extents();
+        // The log of the run that ended says all it should only if that run kept one, whatever this run does.
+        let every_block_counts = unclean && (damaged || sb.log_incomplete);
         if unclean {
             // What was hot may differ between the copies, in either direction: bits toward every peer (D7).
             for peer in &mut peers {
@@ -380,7 +383,7 @@ impl Core {
                         }
                     }
                 }
-                if damaged || !params.tuning.activity_log {
+                if every_block_counts {
                     for bitmap in &mut peer.bitmaps {
                         bitmap.set_all();
                     }
@@ -400,6 +403,8 @@ impl Core {
         sb.attach_counter += 1;
         sb.incarnation = params.incarnation;
         sb.flags.unclean = true;
+        sb.log_incomplete = every_block_counts || !params.tuning.activity_log;
+        let log_recovery = LogRecovery::new(damaged, every_block_counts, &mut log);
         let position = sb.position;
         let mut core = Core {
             slot: params.slot,
@@ -417,7 +422,8 @@ impl Core {
             peers,
             ops: Slab::new(),
             overlap: OverlapIndex::new(),
-            log: std::mem::replace(&mut log.0, ActivityLog::new(64, 8)),
+            log,
+            log_recovery,
             log_waiting: VecDeque::new(),
             log_in_flight: false,
             pages_in_flight: 0,

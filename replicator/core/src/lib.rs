@@ -11,6 +11,7 @@ pub mod bitmap;
 mod congestion;
 mod diskless;
 pub mod handshake;
+mod log_recovery;
 mod meeting;
 mod op;
 pub mod overlap;

@@ -145,6 +145,8 @@ pub(crate) enum Op {
     ActivityLog {
         sequence: u64,
     },
+    /// A block of the ring is being emptied.
+    LogReset,
     BitmapPage {
         peer: usize,
         volume: usize,

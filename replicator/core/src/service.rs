@@ -4,6 +4,7 @@
 
 use crate::activity_log::ActivityLog;
 use crate::api::*;
+use crate::log_recovery::LogRecovery;
 use crate::op::*;
 use crate::overlap::OverlapIndex;
 use crate::peer::*;
@@ -178,6 +179,7 @@ pub struct Core {
     pub(crate) ops: Slab<Op>,
     pub(crate) overlap: OverlapIndex,
     pub(crate) log: ActivityLog,
+    pub(crate) log_recovery: LogRecovery,
     pub(crate) log_waiting: VecDeque<usize>,
     pub(crate) log_in_flight: bool,
     pub(crate) pages_in_flight: usize,
@@ -334,6 +336,7 @@ impl Core {
                 self.superblock_done(result, out);
             }
             Some(Op::ActivityLog { .. }) => self.log_done(key, result, out),
+            Some(Op::LogReset) => self.log_reset_done(key, result, out),
             Some(Op::BitmapPage { .. } | Op::BitmapSummary { .. }) => {
                 self.page_done(key, result, out)
             }
@@ -422,7 +425,7 @@ impl Core {
     fn then(&mut self, then: Then, out: &mut Actions) {
         match then {
             Then::Nothing => {}
-            Then::Attached => self.attached_durably(out),
+            Then::Attached => self.reset_log(out),
             Then::TargetRecorded { peer, session } => self.target_recorded(peer, session, out),
             Then::SourceRecorded { peer, session } => {
                 self.generation_committed(out);

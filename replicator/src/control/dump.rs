@@ -82,6 +82,8 @@ pub struct SuperblockReport {
     pub generation_base: u64,
     pub generations: Vec<GenerationReport>,
     pub generations_cut: bool,
+    /// After an unclean stop every block counts as different: the activity log was off, or was found damaged.
+    pub log_incomplete: bool,
     pub peers: Vec<PeerRecordReport>,
 }
 
@@ -329,6 +331,7 @@ fn report(block: &Superblock, slot_used: u8) -> SuperblockReport {
             .map(GenerationReport::from)
             .collect(),
         generations_cut: block.generations_cut,
+        log_incomplete: block.log_incomplete,
         peers: block
             .peers
             .iter()

@@ -83,6 +83,7 @@ pub fn hello() -> Hello {
         on_peer_loss: OnPeerLoss::Continue,
         generations: (0..3).map(generation).collect(),
         generations_cut: true,
+        log_incomplete: true,
         position: 4711,
         issued: 4712,
         target_of: GenerationId(0xa003),
@@ -308,6 +309,7 @@ pub fn superblock() -> Superblock {
         generation_base: 4000,
         generations: (0..MAX_GENERATIONS as u64).map(generation).collect(),
         generations_cut: true,
+        log_incomplete: true,
         volume_disks: (0..MAX_VOLUMES as u128).map(|n| Uuid(0x6000 + n)).collect(),
         peers: std::array::from_fn(|n| PeerRecord {
             in_use: n != 6,
