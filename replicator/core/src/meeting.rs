@@ -260,9 +260,11 @@ impl Core {
         if theirs.epoch.number > mine.epoch.number {
             // D11, C1: a newer epoch ends every older right to write.
             self.sb.epoch_gate = theirs.epoch;
-            if !theirs.in_sync.contains(self.slot) {
-                // Its S went on without this copy. That must be durable together with the epoch: an owner that is
-                // not this copy is what allows an unforced promotion under `suspend`.
+            if theirs.epoch.owner != theirs.slot.0 || !theirs.in_sync.contains(self.slot) {
+                // C1: its S went on without this copy, or may have: a copy that is not the owner raised its gate
+                // before it hears what the owner's S became, and the owner did not ask this one. That must be
+                // durable together with the epoch: an owner that is not this copy is what allows an unforced
+                // promotion under `suspend`.
                 self.sb.in_sync = self.sb.in_sync.without(self.slot);
                 self.sb.in_sync_pending = self.sb.in_sync;
                 self.sb.flags.solo = false;
@@ -513,6 +515,19 @@ impl Core {
                 return;
             }
             self.meet_again(other, "the primary fills this copy instead", out);
+        }
+        // A copy that is being filled is nobody's source: what it receives changes blocks that it has sent already.
+        for other in 0..self.peers.len() {
+            let fills = matches!(
+                self.peers[other].relation,
+                Relation::SourceWaiting
+                    | Relation::SourceStarting
+                    | Relation::Source
+                    | Relation::Joining { .. }
+            );
+            if other != at && fills {
+                self.meet_again(other, "its source is being filled itself", out);
+            }
         }
         if self.is_primary_like() {
             self.stop_being_primary(out);
