@@ -11,7 +11,9 @@ mod grow;
 pub use grow::{Grown, grow, grow_telling};
 
 use crate::config::{Config, MetadataPlace, NodeRef, ServiceConfig, VolumeConfig};
-use crate::place::{self, BLOCK, Hints, Locator, PlaceError, Told, open_backing};
+use crate::place::{
+    self, BLOCK, Hints, LocateError, Locator, PlaceError, Told, open_backing, read_locator,
+};
 use holdfast_disk::{Backing, BackingKind, DiskError, OpenOptions};
 use holdfast_link::{Identity, LinkError, PeerStore};
 use holdfast_replicator_core::api::{MetaPlace, PeerParameters};
@@ -436,9 +438,12 @@ fn prepare<'a>(
     let zeroed = !options.adopt && data.kind() == BackingKind::File && is_hole(data.path());
     let (data_size, base, external, layout) = match &config.metadata {
         MetadataPlace::Internal => {
-            if Locator::read(&data, data.size()).map_err(read)?.is_some()
-                && !options.overwrite_metadata
-            {
+            let there = match read_locator(&data, data.size()) {
+                Ok(found) => found.is_some(),
+                Err(LocateError::Newer(_)) => true,
+                Err(LocateError::Disk(source)) => return Err(read(source)),
+            };
+            if there && !options.overwrite_metadata {
                 return Err(VolumeError::HasMetadata {
                     volume: name(),
                     path: config.backing.clone(),

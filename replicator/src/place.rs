@@ -15,18 +15,15 @@
 
 use crate::config::{MetadataPlace, VolumeConfig};
 use holdfast_disk::{Backing, DiskError, OpenError, OpenOptions};
-use holdfast_wire_format::ids::Uuid;
+use holdfast_wire_format::locator::LocatorError;
+use holdfast_wire_format::superblock::{self, SUPERBLOCK_LENGTH};
 use serde::{Deserialize, Serialize};
 use std::collections::BTreeMap;
 use std::io::{self, Write};
 use std::path::{Path, PathBuf};
 
-/// Bytes of the locator, and the unit of everything in a metadata area.
-pub const BLOCK: u64 = 4096;
-const MAGIC: [u8; 8] = *b"HFLOCATE";
-const VERSION: u32 = 1;
-/// Bytes of the locator that mean something, CRC included.
-const USED: usize = 76;
+pub use holdfast_wire_format::layout::BLOCK;
+pub use holdfast_wire_format::locator::Locator;
 
 /// Why a volume's parts could not be found or opened.
 #[derive(Debug, thiserror::Error)]
@@ -35,6 +32,8 @@ pub enum PlaceError {
     Open { volume: String, source: OpenError },
     #[error("volume {volume}: {source}. Nothing was changed")]
     Disk { volume: String, source: DiskError },
+    #[error("volume {volume}: {source}. Nothing was changed")]
+    Locate { volume: String, source: LocateError },
     #[error(
         "volume {volume}: {} has no Holdfast metadata at its end. Nothing was changed. If it is new, run `holdfast volume create`; \
          if the device was made smaller, give it back its size{hint}", path.display()
@@ -117,74 +116,31 @@ impl Told<'_> {
     }
 }
 
-/// What the last block of a backing with internal metadata says.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub struct Locator {
-    pub volume: Uuid,
-    /// Byte offset of the metadata area in the backing, a multiple of 4096.
-    pub area_offset: u64,
-    /// Bytes of the area, a multiple of 4096.
-    pub area_size: u64,
-    /// From here up to there the volume was grown over what was no data before; it is zeroed before it is used, and this
-    /// is empty (both 0) from then on.
-    pub zero: (u64, u64),
+/// The locator of a backing, looked for where a backing of `size` bytes has it. Blocks.
+///
+/// # Errors
+/// The device fails, or the locator is of a newer version. One that is damaged counts as none.
+pub fn read_locator(backing: &Backing, size: u64) -> Result<Option<Locator>, LocateError> {
+    let size = size.min(backing.size());
+    let Some(offset) = Locator::offset(size) else {
+        return Ok(None);
+    };
+    let mut block = [0; BLOCK as usize];
+    backing.read_exact_at(offset, &mut block)?;
+    match Locator::decode(&block, size) {
+        Ok(locator) => Ok(Some(locator)),
+        Err(newer @ LocatorError::Newer { .. }) => Err(newer.into()),
+        Err(_) => Ok(None),
+    }
 }
 
-impl Locator {
-    /// Where the locator of a backing of `size` bytes is.
-    pub fn offset(size: u64) -> Option<u64> {
-        (size - size % BLOCK).checked_sub(BLOCK)
-    }
-
-    pub fn encode(&self) -> [u8; BLOCK as usize] {
-        let mut block = [0; BLOCK as usize];
-        block[..8].copy_from_slice(&MAGIC);
-        block[8..12].copy_from_slice(&VERSION.to_le_bytes());
-        // 12..24 are reserved: zero.
-        block[24..40].copy_from_slice(&self.volume.0.to_le_bytes());
-        block[40..48].copy_from_slice(&self.area_offset.to_le_bytes());
-        block[48..56].copy_from_slice(&self.area_size.to_le_bytes());
-        block[56..64].copy_from_slice(&self.zero.0.to_le_bytes());
-        block[64..72].copy_from_slice(&self.zero.1.to_le_bytes());
-        let crc = crc32fast::hash(&block[..72]);
-        block[72..USED].copy_from_slice(&crc.to_le_bytes());
-        block
-    }
-
-    /// None if this is not a locator of a backing of `size` bytes.
-    pub fn decode(block: &[u8], size: u64) -> Option<Locator> {
-        let word = |at: usize| Some(u64::from_le_bytes(block.get(at..at + 8)?.try_into().ok()?));
-        let used = block.get(..USED)?;
-        let fits = used[..8] == MAGIC
-            && used[8..12] == VERSION.to_le_bytes()
-            && used[12..24].iter().all(|byte| *byte == 0)
-            && used[72..USED] == crc32fast::hash(&used[..72]).to_le_bytes();
-        if !fits {
-            return None;
-        }
-        let locator = Locator {
-            volume: Uuid(u128::from_le_bytes(used[24..40].try_into().ok()?)),
-            area_offset: word(40)?,
-            area_size: word(48)?,
-            zero: (word(56)?, word(64)?),
-        };
-        let end = locator.area_offset.checked_add(locator.area_size)?;
-        let inside = locator.area_offset.is_multiple_of(BLOCK)
-            && locator.area_size.is_multiple_of(BLOCK)
-            && end <= Locator::offset(size)?;
-        let zero = locator.zero.0 <= locator.zero.1 && locator.zero.1 <= locator.area_offset;
-        (inside && zero).then_some(locator)
-    }
-
-    /// The locator of a backing, looked for where a backing of `size` bytes has it. Blocks.
-    pub fn read(backing: &Backing, size: u64) -> Result<Option<Locator>, DiskError> {
-        let Some(offset) = Locator::offset(size.min(backing.size())) else {
-            return Ok(None);
-        };
-        let mut block = [0; BLOCK as usize];
-        backing.read_exact_at(offset, &mut block)?;
-        Ok(Locator::decode(&block, size.min(backing.size())))
-    }
+/// Why it is not known whether a backing has a locator, or where it points.
+#[derive(Debug, thiserror::Error)]
+pub enum LocateError {
+    #[error(transparent)]
+    Disk(#[from] DiskError),
+    #[error(transparent)]
+    Newer(#[from] LocatorError),
 }
 
 /// A volume's open backing and where its metadata is.
@@ -268,14 +224,20 @@ pub fn open(
             })
         }
         MetadataPlace::Internal => {
-            let mut found = Locator::read(&data, data.size()).map_err(disk)?;
+            let locate = |size| {
+                read_locator(&data, size).map_err(|source| PlaceError::Locate {
+                    volume: name.to_owned(),
+                    source,
+                })
+            };
+            let mut found = locate(data.size())?;
             if let (None, Some(size)) = (found, hint.filter(|size| *size < data.size())) {
-                found = Locator::read(&data, size).map_err(disk)?;
+                found = locate(size)?;
             }
             match found {
                 Some(locator) => Ok(Opened {
                     data: {
-                        if !options.read_only {
+                        if !options.read_only && may_write(&data, locator).map_err(disk)? {
                             finish_growing(
                                 Told {
                                     backing: &data,
@@ -302,6 +264,17 @@ pub fn open(
             }
         }
     }
+}
+
+/// False if the metadata there is damaged or of a version that this one may not write past. Whoever goes on with such a
+/// volume reads the same superblock and refuses with the reason.
+fn may_write(data: &Backing, locator: Locator) -> Result<bool, DiskError> {
+    let mut slots = [[0; SUPERBLOCK_LENGTH]; 2];
+    for (number, slot) in slots.iter_mut().enumerate() {
+        data.read_exact_at(locator.area_offset + number as u64 * BLOCK, slot)?;
+    }
+    Ok(superblock::choose(&slots[0], &slots[1])
+        .is_ok_and(|(sb, _)| superblock::unknown_read_only_features(&sb) == 0))
 }
 
 /// Zeroes what a volume was grown over, if that was not finished, and says so in the locator. Nothing else may use the
@@ -375,30 +348,6 @@ impl Hints {
 #[cfg(test)]
 mod tests {
     use super::*;
-
-    #[test]
-    fn a_locator_is_read_back_and_no_damaged_byte_passes() {
-        let locator = Locator {
-            volume: Uuid(77),
-            area_offset: 1 << 20,
-            area_size: 64 << 10,
-            zero: (4096, 8192),
-        };
-        let size = 2 << 20;
-        let block = locator.encode();
-        assert_eq!(Locator::decode(&block, size), Some(locator));
-        for at in 0..USED {
-            let mut damaged = block;
-            damaged[at] ^= 1;
-            assert_eq!(Locator::decode(&damaged, size), None, "byte {at}");
-        }
-        // An area that would reach over the end of a smaller device is not believed.
-        assert_eq!(Locator::decode(&block, (1 << 20) + (64 << 10)), None);
-        assert_eq!(
-            Locator::decode(&block, (1 << 20) + (64 << 10) + BLOCK),
-            Some(locator)
-        );
-    }
 
     #[test]
     fn hints_survive_and_damage_means_none() {

@@ -5,6 +5,7 @@ use crate::rng::Rng;
 use crate::world::{Backlog, Happening, SERVICE, Stamps, World};
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::frame::*;
+use holdfast_wire_format::frame_codec::WIRE_VERSION_MIN;
 use holdfast_wire_format::ids::*;
 use std::collections::BTreeMap;
 
@@ -449,6 +450,7 @@ impl World {
 
 fn goodbye_header() -> FrameHeader {
     FrameHeader {
+        version: WIRE_VERSION_MIN,
         kind: FrameKind::Goodbye,
         flags: FrameFlags::default(),
         payload_length: 0,

@@ -87,6 +87,9 @@ pub struct FrameFlags {
 /// The fixed part of every frame.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub struct FrameHeader {
+    /// Wire version of the frame: the one agreed with the receiver, the oldest one spoken for what precedes that
+    /// ([`FrameKind::precedes_agreement`]). Never 0.
+    pub version: u8,
     pub kind: FrameKind,
     pub flags: FrameFlags,
     /// Bytes of payload that follow, 0..=MAX_PAYLOAD.

@@ -2,6 +2,7 @@
 //!
 //! ```text
 //! superblock A | superblock B | activity log | for each of 7 peers: summary, bitmap pages | undo | journal | reserve
+//!                                                                       index of times, records ┘
 //! ```
 
 use crate::bitmap_page::{BITS_PER_PAGE, SUMMARY_ENTRIES};
@@ -149,6 +150,29 @@ impl Layout {
         self.summary_size / BLOCK
     }
 
+    /// Blocks of the journal's index of times, which is the beginning of the journal area: a 256th of it, at least
+    /// one; none without a journal.
+    pub fn time_index_blocks(&self) -> u64 {
+        match self.journal_size / BLOCK {
+            0 => 0,
+            blocks => (blocks / 256).max(1),
+        }
+    }
+
+    /// Place of a block of the index of times.
+    pub fn time_index_offset(&self, block: u64) -> u64 {
+        assert!(
+            block < self.time_index_blocks(),
+            "a block of the index of times outside the layout"
+        );
+        self.journal_offset + block * BLOCK
+    }
+
+    /// Where the journal's records begin, behind the index of times.
+    pub fn journal_records_offset(&self) -> u64 {
+        self.journal_offset + self.time_index_blocks() * BLOCK
+    }
+
     /// Place of a summary block of a peer slot (0..7).
     pub fn summary_block_offset(&self, peer: usize, block: u64) -> u64 {
         assert!(
@@ -249,4 +273,68 @@ pub fn internal_area(
         return Ok((data, data));
     }
     Ok((data, device - total))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_areas_follow_each_other_and_a_quarter_is_left() {
+        for (data, undo, journal) in [
+            (512, 0, 0),
+            (1 << 30, 1 << 20, 0),
+            (64 << 40, 5000, 3 << 30),
+        ] {
+            let grain = default_grain_shift(data);
+            let layout =
+                Layout::new(data, 512, grain, 22.max(shift(data)), 64, undo, journal).unwrap();
+            let mut next =
+                layout.activity_log_offset + u64::from(layout.activity_log_blocks) * BLOCK;
+            for peer in 0..MAX_PEERS {
+                for block in [0, layout.summary_blocks() - 1] {
+                    assert_eq!(
+                        layout.summary_block_offset(peer, block),
+                        next + block * BLOCK
+                    );
+                }
+                next += layout.summary_blocks() * BLOCK;
+                for page in [0, layout.pages - 1] {
+                    assert_eq!(layout.bitmap_page_offset(peer, page), next + page * BLOCK);
+                }
+                next += layout.pages * BLOCK;
+            }
+            assert_eq!(layout.undo_offset, next);
+            assert!(layout.undo_size >= undo && layout.journal_size >= journal);
+            next += layout.undo_size;
+            assert_eq!(layout.journal_offset, next);
+            let index = layout.time_index_blocks();
+            assert_eq!(index == 0, journal == 0);
+            assert_eq!(layout.journal_records_offset(), next + index * BLOCK);
+            if index > 0 {
+                assert_eq!(
+                    layout.time_index_offset(index - 1),
+                    next + (index - 1) * BLOCK
+                );
+            }
+            next += layout.journal_size;
+            assert!(layout.journal_records_offset() <= next);
+            assert_eq!(layout.reserve_offset, next);
+            assert!(layout.total - next >= next / 4 && layout.total.is_multiple_of(BLOCK));
+        }
+    }
+
+    fn shift(data: u64) -> u8 {
+        (20..=30)
+            .find(|s| (data - 1) >> s <= u64::from(u32::MAX))
+            .unwrap()
+    }
+
+    #[test]
+    fn sixty_four_tebibytes_need_no_more_bitmap_than_allowed_and_can_have_the_finest() {
+        let size = 64 << 40;
+        assert!(size >> default_grain_shift(size) >> 3 <= MAX_BITMAP);
+        let fine = Layout::new(size, 4096, 12, 22, 64, 0, 0).unwrap();
+        assert!(fine.pages * BLOCK >= 2 << 30, "2 GiB at 4 KiB grain");
+    }
 }

@@ -14,6 +14,10 @@ pub const SUPERBLOCK_LENGTH: usize = 4096;
 pub const DISK_VERSION: u16 = 1;
 /// Incompatible features this version understands.
 pub const KNOWN_INCOMPATIBLE: u64 = 0;
+/// Read-only-compatible feature: a journal is kept. Who writes without recording it there would make the journal
+/// lie, so a version that keeps none (this one) may read such a volume and not write it. Whoever sets it erases the
+/// journal's index of times first.
+pub const FEATURE_JOURNAL: u64 = 1;
 /// Read-only-compatible features this version understands.
 pub const KNOWN_READ_ONLY: u64 = 0;
 

@@ -12,6 +12,7 @@ use crate::status::Counters;
 use crate::undoing::Undoing;
 use holdfast_wire_format::bitmap_page;
 use holdfast_wire_format::frame::Facts;
+use holdfast_wire_format::frame_codec::WIRE_VERSION_MIN;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::layout::{self, Layout};
 use holdfast_wire_format::metadata::*;
@@ -30,6 +31,12 @@ pub enum AttachError {
     Superblock { volume: u16, error: String },
     #[error("volume {volume} does not fit its metadata: {problem}; nothing was changed")]
     Mismatch { volume: u16, problem: String },
+    #[error(
+        "the metadata of volume {volume} uses features ({features:#x}) that this version may read and must not write past: a newer version \
+         of Holdfast keeps something there that would become wrong. Nothing was changed, data and metadata are as that version left them; \
+         use that version or a newer one (`holdfast dump-metadata` still reads it here)"
+    )]
+    ReadOnlyFeatures { volume: u16, features: u64 },
 }
 
 /// What a new copy of a service is to be.
@@ -245,12 +252,19 @@ fn read_superblock(
             })?;
     }
     // D16: the newer of the two that is whole; a newer version in either is refused.
-    superblock::choose(&slots[0], &slots[1])
-        .map(|(sb, _)| sb)
-        .map_err(|error| AttachError::Superblock {
+    let (sb, _) =
+        superblock::choose(&slots[0], &slots[1]).map_err(|error| AttachError::Superblock {
             volume: volume.0,
             error: error.to_string(),
-        })
+        })?;
+    // Attaching writes: the attach counter, at least.
+    match superblock::unknown_read_only_features(&sb) {
+        0 => Ok(sb),
+        features => Err(AttachError::ReadOnlyFeatures {
+            volume: volume.0,
+            features,
+        }),
+    }
 }
 
 impl Core {
@@ -511,6 +525,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         wanted: true,
         session: None,
         relation: Relation::Down,
+        wire_version: WIRE_VERSION_MIN,
         bitmaps,
         their_state: None,
         their_incarnation: Incarnation(0),

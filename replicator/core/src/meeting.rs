@@ -9,6 +9,7 @@ use crate::peer::*;
 use crate::service::*;
 use crate::undoing::TargetPlan;
 use holdfast_wire_format::frame::*;
+use holdfast_wire_format::frame_codec::WIRE_VERSION_MIN;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 
@@ -42,6 +43,7 @@ impl Core {
         let now = self.now;
         let peer = &mut self.peers[at];
         peer.session = Some(session);
+        peer.wire_version = WIRE_VERSION_MIN;
         peer.relation = Relation::Greeting {
             sent: None,
             theirs: None,
@@ -186,12 +188,25 @@ impl Core {
             self.bad_frame(at, "a hello came out of turn", out);
             return;
         }
-        if let Err(error) = hello.negotiate() {
-            self.close(at, GoodbyeCode::Refused, &error.to_string(), false, out);
-            return;
-        }
+        let agreed = match hello.negotiate() {
+            Ok(agreed) => agreed,
+            Err(error) => {
+                // The other side may not have seen our hello yet, and is to know why, too.
+                let (code, text) = (GoodbyeCode::Refused, error.to_string());
+                let goodbye = Body::Goodbye {
+                    code,
+                    text: text.clone(),
+                };
+                self.send_body(at, FrameKind::Goodbye, goodbye, out);
+                let slot = Some(self.peers[at].slot);
+                self.notice(Level::Error, "incompatible", slot, text.clone(), out);
+                self.close(at, code, &text, false, out);
+                return;
+            }
+        };
         let _ = session;
         let peer = &mut self.peers[at];
+        peer.wire_version = agreed.version;
         let incarnation_before = peer.their_incarnation;
         peer.their_incarnation = hello.facts.incarnation;
         peer.their_state = Some(hello.facts.state);

@@ -208,6 +208,8 @@ pub(crate) struct Peer {
     pub wanted: bool,
     pub session: Option<SessionId>,
     pub relation: Relation,
+    /// Of the frames sent to it: what both sides agreed on in this session, the oldest one spoken before that.
+    pub wire_version: u8,
     pub bitmaps: Vec<DirtyBitmap>,
     pub their_state: Option<CopyState>,
     pub their_incarnation: Incarnation,

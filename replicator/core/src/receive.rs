@@ -183,6 +183,14 @@ impl Core {
             self.bad_frame(at, "its incarnation is not the one that said hello", out);
             return None;
         }
+        // Older ones were sent before their sender had our hello.
+        if !greeting
+            && !header.kind.precedes_agreement()
+            && header.version > self.peers[at].wire_version
+        {
+            self.bad_frame(at, "its wire version is not the one agreed on", out);
+            return None;
+        }
         // What changes data or who may write is refused from an older epoch than the newest accepted.
         let gated = matches!(
             header.kind,

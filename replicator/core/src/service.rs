@@ -10,6 +10,7 @@ use crate::overlap::OverlapIndex;
 use crate::peer::*;
 use crate::status::Counters;
 use holdfast_wire_format::frame::*;
+use holdfast_wire_format::frame_codec::WIRE_VERSION_MIN;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::layout::Layout;
 use holdfast_wire_format::metadata::*;
@@ -554,6 +555,8 @@ impl Core {
     /// A frame header toward one peer with everything that does not depend on the kind.
     pub(crate) fn header(&self, kind: FrameKind) -> FrameHeader {
         FrameHeader {
+            // `send` puts in what was agreed with the receiver.
+            version: WIRE_VERSION_MIN,
             kind,
             flags: FrameFlags::default(),
             payload_length: 0,
@@ -578,13 +581,16 @@ impl Core {
     pub(crate) fn send(
         &mut self,
         at: usize,
-        header: FrameHeader,
+        mut header: FrameHeader,
         payload: Payload,
         out: &mut Actions,
     ) {
         let now = self.now;
         let peer = &mut self.peers[at];
         let Some(session) = peer.session else { return };
+        if !header.kind.precedes_agreement() {
+            header.version = peer.wire_version;
+        }
         peer.last_sent = now;
         peer.stable_told = peer.stable_told.max(header.stable_position);
         if let Payload::Buf { .. } = payload {

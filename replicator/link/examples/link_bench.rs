@@ -7,7 +7,7 @@
 use bytes::Bytes;
 use holdfast_link::*;
 use holdfast_wire_format::frame::{FrameFlags, FrameHeader, FrameKind, GoodbyeCode};
-use holdfast_wire_format::frame_codec::payload_crc;
+use holdfast_wire_format::frame_codec::{WIRE_VERSION_MIN, payload_crc};
 use holdfast_wire_format::ids::*;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::future::Future;
@@ -22,6 +22,7 @@ const BULK_QUEUE: usize = 4 << 20;
 
 fn header(kind: FrameKind, position: u64, payload: &[u8], crc: u32) -> FrameHeader {
     FrameHeader {
+        version: WIRE_VERSION_MIN,
         kind,
         flags: FrameFlags::default(),
         payload_length: payload.len() as u32,

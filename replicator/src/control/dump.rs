@@ -5,6 +5,7 @@ use super::report::*;
 use crate::config::{Config, MetadataPlace, ServiceConfig, VolumeConfig};
 use crate::place::{BLOCK, Hints, Locator};
 use holdfast_wire_format::ids::{Epoch, Slot};
+use holdfast_wire_format::locator::LocatorError;
 use holdfast_wire_format::metadata::Superblock;
 use holdfast_wire_format::superblock::{self, SUPERBLOCK_LENGTH};
 use serde::Serialize;
@@ -264,8 +265,10 @@ fn base(file: &File, internal: bool, hint: Option<u64>) -> io::Result<Option<u64
         };
         let mut block = [0; BLOCK as usize];
         file.read_exact_at(&mut block, offset)?;
-        if let Some(locator) = Locator::decode(&block, size) {
-            return Ok(Some(locator.area_offset));
+        match Locator::decode(&block, size) {
+            Ok(locator) => return Ok(Some(locator.area_offset)),
+            Err(newer @ LocatorError::Newer { .. }) => return Err(io::Error::other(newer)),
+            Err(_) => {}
         }
     }
     Ok(None)

@@ -10,7 +10,7 @@
 //! The other copies do the same, so the grown range is equal on all of them without being copied. External metadata is
 //! rewritten into a new file that replaces the old one, after the grown range was zeroed.
 
-use super::{BLOCK, EXTENT_SHIFT, Locator, OpenOptions, VolumeError, find, place};
+use super::{BLOCK, Locator, OpenOptions, VolumeError, find, place};
 use crate::config::{Config, MetadataPlace};
 use crate::place::{Before, Hints, Opened, Step, StepKind, Told};
 use holdfast_disk::{Backing, BackingKind};
@@ -90,9 +90,17 @@ pub fn grow_telling(
                 .read_exact_at(opened.base + number as u64 * BLOCK, slot)
                 .map_err(read)?;
         }
-        superblock::choose(&slots[0], &slots[1])
-            .map(|(superblock, _)| superblock)
-            .map_err(|error| refuse(error.to_string(), "see `holdfast dump-metadata`"))
+        let (found, _) = superblock::choose(&slots[0], &slots[1])
+            .map_err(|error| refuse(error.to_string(), "see `holdfast dump-metadata`"))?;
+        match superblock::unknown_read_only_features(&found) {
+            0 => Ok(found),
+            features => Err(refuse(
+                format!(
+                    "its metadata uses features ({features:#x}) that this version may read and must not write past"
+                ),
+                "use the version of Holdfast that set them or a newer one",
+            )),
+        }
     };
     let old = superblock_of(&opened)?;
     // What holds for the service as a whole is in its first volume; opening it also makes sure that nobody runs.
@@ -125,7 +133,7 @@ pub fn grow_telling(
             size,
             old.sector_size,
             old.grain_shift,
-            EXTENT_SHIFT,
+            old.extent_shift,
             old.al_blocks,
             old.undo_size,
             old.journal_size,

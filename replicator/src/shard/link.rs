@@ -12,7 +12,7 @@ use holdfast_link::{Link, LinkConfig, LinkError, LinkEvent, LinkHandler, Path, P
 use holdfast_replicator_core::api::{Event, SessionId};
 use holdfast_replicator_core::words;
 use holdfast_wire_format::frame::{Body, FrameHeader, GoodbyeCode};
-use holdfast_wire_format::frame_codec::{decode_body, encode_body};
+use holdfast_wire_format::frame_codec::{FrameError, decode_body, encode_body};
 use holdfast_wire_format::ids::{Slot, Uuid};
 use std::cell::{OnceCell, RefCell};
 use std::collections::{HashMap, HashSet, VecDeque};
@@ -422,8 +422,12 @@ impl LinkPort {
                 // D14: a bad frame closes the link with a reason and changes nothing.
                 let text = format!("a {:?} frame cannot be read: {error}", header.kind);
                 tracing::error!(service = service.name, peer = peer.0, "{text}");
+                let code = match error {
+                    FrameError::Incompatible(_) => GoodbyeCode::Refused,
+                    _ => GoodbyeCode::BadFrame,
+                };
                 self.inbox.bad.borrow_mut().insert(session);
-                self.link.close(session, GoodbyeCode::BadFrame, &text);
+                self.link.close(session, code, &text);
             }
         }
     }

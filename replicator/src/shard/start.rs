@@ -316,7 +316,7 @@ fn attach(
             source,
         })?;
         // With a grown device the old size is what finds the locator, until the volume was grown.
-        if place::Locator::read(&place.data, place.data.size()).is_ok_and(|found| found.is_some()) {
+        if place::read_locator(&place.data, place.data.size()).is_ok_and(|found| found.is_some()) {
             *hints_changed |= hints.set(&service.name, &volume.name, place.data.size());
         }
         opened.push(place);

@@ -4,8 +4,11 @@ use crate::child;
 use crate::support::{Nbd, Settings, TestNode, blocking, two_nodes};
 use holdfast_replicator::control::protocol::{LinkName, RoleName};
 use holdfast_replicator::create::{CreateOptions, VolumeError, create, grow, grow_telling};
-use holdfast_replicator::place::StepKind;
+use holdfast_replicator::place::{BLOCK, Locator, StepKind};
+use holdfast_replicator::process::Replicator;
 use holdfast_replicator_core::api::Command;
+use holdfast_wire_format::locator::LOCATOR_VERSION;
+use holdfast_wire_format::superblock;
 use std::cell::RefCell;
 use std::collections::HashMap;
 use std::os::unix::fs::FileExt;
@@ -290,4 +293,92 @@ fn a_volume_does_not_shrink_and_needs_its_room() {
         std::fs::metadata(grown.node.backing()).unwrap().len(),
         grown.files[&grown.node.backing()].len() as u64
     );
+}
+
+/// Rewrites the superblocks and the locator of a backing as a newer version may have left them.
+fn as_a_newer_version(
+    file: &Path,
+    superblocks: impl Fn(&mut holdfast_wire_format::metadata::Superblock),
+    locator: impl Fn(&mut [u8; BLOCK as usize], Locator),
+) {
+    let mut bytes = std::fs::read(file).unwrap();
+    let size = bytes.len() as u64;
+    let at = Locator::offset(size).unwrap() as usize;
+    let mut block: [u8; BLOCK as usize] = bytes[at..].try_into().unwrap();
+    let found = Locator::decode(&block, size).unwrap();
+    for slot in 0..2 {
+        let at = found.area_offset as usize + slot * 4096;
+        let slot: &mut [u8; 4096] = (&mut bytes[at..at + 4096]).try_into().unwrap();
+        let mut sb = superblock::decode(slot).unwrap();
+        superblocks(&mut sb);
+        *slot = superblock::encode(&sb).unwrap();
+    }
+    locator(&mut block, found);
+    bytes[at..].copy_from_slice(&block);
+    std::fs::write(file, bytes).unwrap();
+}
+
+/// Neither growing nor starting the replicator works, both say why, and no byte changes.
+async fn left_alone(grown: &Grown, parts: &[&str]) {
+    let before = std::fs::read(grown.node.backing()).unwrap();
+    let config = grown.node.config(&grown.settings, None);
+    let growing = grow(&config, "db", "data", Some(AFTER))
+        .unwrap_err()
+        .to_string();
+    let Err(starting) = Replicator::start(config).await else {
+        panic!("it started")
+    };
+    for (doing, text) in [("growing", growing), ("starting", starting.to_string())] {
+        for part in parts {
+            assert!(text.contains(part), "{doing}: {part} in {text}");
+        }
+    }
+    assert!(
+        std::fs::read(grown.node.backing()).unwrap() == before,
+        "the backing was written"
+    );
+}
+
+#[tokio::test]
+async fn a_volume_with_an_unknown_feature_that_forbids_writing_is_left_alone() {
+    let grown = full_volume("internal");
+    as_a_newer_version(
+        &grown.node.backing(),
+        |sb| sb.features_read_only = 1 << 40,
+        // It was being grown, too; finishing that is writing.
+        |block, found| {
+            let zero = (0, 4096);
+            *block = Locator { zero, ..found }.encode();
+        },
+    );
+    let parts = [
+        "features (0x10000000000)",
+        "othing was changed",
+        "newer one",
+    ];
+    left_alone(&grown, &parts).await;
+}
+
+#[tokio::test]
+async fn a_volume_whose_metadata_a_newer_version_placed_is_left_alone() {
+    let grown = full_volume("internal");
+    as_a_newer_version(
+        &grown.node.backing(),
+        |_| (),
+        |block, _| {
+            block[8..12].copy_from_slice(&(LOCATOR_VERSION + 1).to_le_bytes());
+            let crc = crc32fast::hash(&block[..72]);
+            block[72..76].copy_from_slice(&crc.to_le_bytes());
+        },
+    );
+    let parts = [
+        "newer version of Holdfast",
+        "othing was changed",
+        "use that version",
+    ];
+    left_alone(&grown, &parts).await;
+    // Nor is it taken for a device without metadata.
+    let config = grown.node.config(&grown.settings, None);
+    let error = create(&config, "db", &CreateOptions::default()).unwrap_err();
+    assert!(matches!(error, VolumeError::HasMetadata { .. }), "{error}");
 }

@@ -4,9 +4,11 @@
 #![allow(dead_code)]
 
 use holdfast_replicator_core::api::*;
-use holdfast_replicator_core::{Core, CreateParameters, CreateVolume, create};
+use holdfast_replicator_core::{AttachError, Core, CreateParameters, CreateVolume, create};
 use holdfast_wire_format::frame::*;
-use holdfast_wire_format::frame_codec::{decode_body, decode_header, encode_body, encode_header};
+use holdfast_wire_format::frame_codec::{
+    WIRE_VERSION_MIN, decode_body, decode_header, encode_body, encode_header,
+};
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 use std::collections::{BTreeMap, VecDeque};
@@ -217,6 +219,11 @@ impl World {
     }
 
     pub fn start(&mut self, n: usize) {
+        self.try_start(n).unwrap();
+    }
+
+    /// Nothing is done if the copy refuses its metadata.
+    pub fn try_start(&mut self, n: usize) -> Result<(), AttachError> {
         self.nodes[n].starts += 1;
         let parameters = AttachParameters {
             volumes: self
@@ -239,9 +246,10 @@ impl World {
             tuning: self.tuning,
         };
         let mut out = Vec::new();
-        let core = Core::attach(parameters, &mut &self.nodes[n].disk, self.now, &mut out).unwrap();
+        let core = Core::attach(parameters, &mut &self.nodes[n].disk, self.now, &mut out)?;
         self.nodes[n].core = Some(core);
         self.actions(n, out);
+        Ok(())
     }
 
     /// The process dies; `power`: the disk loses a random part of what it had not flushed.
@@ -873,6 +881,7 @@ impl World {
 fn plain_header(kind: FrameKind, node: &Node) -> FrameHeader {
     let _ = node;
     FrameHeader {
+        version: WIRE_VERSION_MIN,
         kind,
         flags: FrameFlags::default(),
         payload_length: 0,

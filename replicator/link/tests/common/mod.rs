@@ -3,7 +3,7 @@
 
 use holdfast_link::*;
 use holdfast_wire_format::frame::{FrameFlags, FrameHeader, FrameKind};
-use holdfast_wire_format::frame_codec::payload_crc;
+use holdfast_wire_format::frame_codec::{WIRE_VERSION_MIN, payload_crc};
 use holdfast_wire_format::ids::*;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -252,6 +252,7 @@ pub async fn connect(a: &Node, b: &Node, service: Uuid) -> (SessionId, SessionId
 
 pub fn header(kind: FrameKind, service: Uuid, position: u64, payload: &[u8]) -> FrameHeader {
     FrameHeader {
+        version: WIRE_VERSION_MIN,
         kind,
         flags: FrameFlags::default(),
         payload_length: payload.len() as u32,
