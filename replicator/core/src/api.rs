@@ -520,7 +520,7 @@ pub struct Tuning {
     /// Flush everywhere at least this often while something is unstable and somebody waits (200 ms, 8 MiB).
     pub stable_interval_ms: u64,
     pub stable_bytes: u64,
-    /// Async: most bytes queued toward a peer before the congestion policy acts (64 MiB).
+    /// Async: most bytes queued toward a peer before the congestion policy acts (32 MiB).
     pub async_queue_bytes: u64,
     /// Async: most ms of lag before the congestion policy acts; 0 = no bound (0).
     pub async_lag_ms: u64,
@@ -529,7 +529,7 @@ pub struct Tuning {
     /// Resync: bytes in flight (16 MiB) and bytes per chunk (256 KiB).
     pub resync_window_bytes: u64,
     pub resync_chunk_bytes: u32,
-    /// Receiver: bytes of writes buffered before the link is not read further (64 MiB).
+    /// Receiver: bytes of writes buffered before the link is not read further (32 MiB).
     pub receive_bytes: u64,
     /// Partial bitmap pages kept in memory per peer and volume (16384 = 64 MiB).
     pub bitmap_pages: usize,
@@ -546,12 +546,12 @@ impl Default for Tuning {
             peer_timeout_ms: 1000,
             stable_interval_ms: 200,
             stable_bytes: 8 << 20,
-            async_queue_bytes: 64 << 20,
+            async_queue_bytes: 32 << 20,
             async_lag_ms: 0,
             async_block: false,
             resync_window_bytes: 16 << 20,
             resync_chunk_bytes: 256 << 10,
-            receive_bytes: 64 << 20,
+            receive_bytes: 32 << 20,
             bitmap_pages: 16384,
             undo_full_pauses: false,
             activity_log: true,

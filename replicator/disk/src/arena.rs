@@ -1,14 +1,14 @@
-//! Where a buffer lies in the arena: five size classes, each a quarter of the next, over chunks of 1 MiB.
+//! Where a buffer lies in the arena: nine size classes, each half of the next, over chunks of 1 MiB.
 //!
-//! Pure arithmetic on numbers, so that it can be tested without memory. A piece is split in four when a smaller one
-//! is asked for, and four free neighbours become one piece again at once: a pool that served small requests for
-//! a week can still serve a large one.
+//! Pure arithmetic on numbers, so that it can be tested without memory. A piece is split in two when a smaller one
+//! is asked for, and two free neighbours become one piece again at once: a pool that served small requests for
+//! a week can still serve a large one. A buffer never takes twice what it needs.
 
 /// Bytes of the smallest class; everything handed out is aligned to it.
 pub const PAGE: usize = 4096;
 /// Bytes of the largest class. Longer buffers are runs of whole chunks.
 pub const CHUNK: usize = 1 << 20;
-const LEVELS: usize = 5;
+const LEVELS: usize = 9;
 const NONE: u32 = u32::MAX;
 
 /// A piece of the arena: `offset` in bytes, `size` in bytes (a class, or a multiple of [`CHUNK`]).
@@ -26,7 +26,7 @@ struct Link {
 }
 
 /// One size class: which of its pieces are free, as a doubly linked list through an array, so that a neighbour can
-/// be taken out of the middle when four pieces become one.
+/// be taken out of the middle when two pieces become one.
 struct Level {
     links: Vec<Link>,
     head: u32,
@@ -91,14 +91,14 @@ impl Level {
 
 /// Which bytes of an arena are free.
 pub struct Arena {
-    /// `levels[0]` holds pieces of 4 KiB, `levels[4]` chunks of 1 MiB.
+    /// `levels[0]` holds pieces of 4 KiB, `levels[8]` chunks of 1 MiB.
     levels: [Level; LEVELS],
     used: usize,
     chunks: usize,
 }
 
 fn level_size(level: usize) -> usize {
-    PAGE << (2 * level)
+    PAGE << level
 }
 
 /// Bytes really set aside for a buffer of `len` bytes.
@@ -122,8 +122,7 @@ impl Arena {
             chunks <= 1 << 23,
             "an arena of {chunks} MiB is larger than its numbering"
         );
-        let mut levels =
-            std::array::from_fn(|level| Level::new(chunks << (2 * (LEVELS - 1 - level))));
+        let mut levels = std::array::from_fn(|level| Level::new(chunks << (LEVELS - 1 - level)));
         // Backwards, so that the lowest addresses are handed out first and the rest stays in whole chunks.
         for chunk in (0..chunks as u32).rev() {
             levels[LEVELS - 1].put(chunk);
@@ -172,17 +171,13 @@ impl Arena {
             .expect("size of a class");
         let mut index = (piece.offset / piece.size) as u32;
         while level + 1 < LEVELS {
-            let first = index & !3;
-            let others_free =
-                (first..first + 4).all(|i| i == index || self.levels[level].links[i as usize].free);
-            if !others_free {
+            let neighbour = index ^ 1;
+            if !self.levels[level].links[neighbour as usize].free {
                 break;
             }
-            for other in (first..first + 4).filter(|i| *i != index) {
-                self.levels[level].take(other);
-            }
+            self.levels[level].take(neighbour);
             level += 1;
-            index >>= 2;
+            index >>= 1;
         }
         self.levels[level].put(index);
     }
@@ -192,10 +187,8 @@ impl Arena {
         let from = (wanted..LEVELS).find(|level| self.levels[*level].head != NONE)?;
         let mut index = self.levels[from].pop()?;
         for level in (wanted..from).rev() {
-            index <<= 2;
-            for rest in (1..4).rev() {
-                self.levels[level].put(index + rest);
-            }
+            index <<= 1;
+            self.levels[level].put(index + 1);
         }
         Some(index as usize * size)
     }
@@ -225,9 +218,21 @@ mod tests {
     #[test]
     fn classes_round_up_and_long_buffers_take_whole_chunks() {
         assert_eq!(rounded(1), 4096);
-        assert_eq!(rounded(4097), 16384);
-        assert_eq!(rounded(300_000), CHUNK);
+        assert_eq!(rounded(4097), 8192);
+        assert_eq!(rounded(300_000), CHUNK / 2);
         assert_eq!(rounded(CHUNK + 1), 2 * CHUNK);
+        for len in (PAGE..3 * CHUNK).step_by(511) {
+            assert!(rounded(len) < 2 * len, "{len}");
+        }
+    }
+
+    #[test]
+    fn a_full_arena_holds_as_many_buffers_as_fit() {
+        for len in [4096, 8192, 32 << 10, 128 << 10, 512 << 10] {
+            let mut arena = Arena::new(2);
+            let held: Vec<_> = std::iter::from_fn(|| arena.alloc(len)).collect();
+            assert_eq!(held.len() * len, 2 * CHUNK, "{len}");
+        }
     }
 
     #[test]

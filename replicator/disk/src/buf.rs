@@ -97,6 +97,8 @@ struct PoolInner {
     arena: RefCell<Arena>,
     bytes: usize,
     reserve: usize,
+    /// Bytes held as client work: what internal work holds takes nothing of the clients' part.
+    client_used: Cell<usize>,
     waiters: RefCell<VecDeque<Rc<Waiter>>>,
 }
 
@@ -127,6 +129,7 @@ impl BufPool {
                 arena: RefCell::new(Arena::new(bytes / CHUNK)),
                 bytes,
                 reserve: options.reserve.min(bytes / 2),
+                client_used: Cell::new(0),
                 waiters: RefCell::new(VecDeque::new()),
             }),
         })
@@ -173,19 +176,22 @@ impl BufPool {
             return None;
         }
         let mut arena = self.inner.arena.borrow_mut();
-        let cap = match priority {
-            Priority::Client => self.inner.bytes - self.inner.reserve,
-            Priority::Internal => self.inner.bytes,
-        };
-        if arena.used() + rounded(len) > cap {
+        let client_used = &self.inner.client_used;
+        if priority == Priority::Client
+            && client_used.get() + rounded(len) > self.inner.bytes - self.inner.reserve
+        {
             return None;
         }
         let piece = arena.alloc(len)?;
+        if priority == Priority::Client {
+            client_used.set(client_used.get() + piece.size);
+        }
         Some(Buf {
             inner: Rc::new(BufInner {
                 pool: self.inner.clone(),
                 piece,
                 len,
+                priority,
                 kernel_writers: Cell::new(0),
             }),
         })
@@ -293,6 +299,7 @@ struct BufInner {
     pool: Rc<PoolInner>,
     piece: Piece,
     len: usize,
+    priority: Priority,
     /// Reads into this buffer that the kernel or the queue still holds. While there are any, nobody gets a slice of it.
     kernel_writers: Cell<u32>,
 }
@@ -307,6 +314,10 @@ impl BufInner {
 impl Drop for BufInner {
     fn drop(&mut self) {
         self.pool.arena.borrow_mut().free(self.piece);
+        if self.priority == Priority::Client {
+            let used = &self.pool.client_used;
+            used.set(used.get() - self.piece.size);
+        }
         self.pool.wake_first();
     }
 }
@@ -535,6 +546,22 @@ mod tests {
         assert!(pool.try_alloc_as(1, Priority::Internal).is_none());
         drop((held, internal));
         assert_eq!(pool.used(), 0);
+    }
+
+    #[test]
+    fn internal_work_within_the_reserve_takes_nothing_from_clients() {
+        let pool = pool(4, CHUNK);
+        let internal = pool.try_alloc_as(CHUNK, Priority::Internal);
+        let held: Vec<_> = std::iter::from_fn(|| pool.try_alloc(CHUNK)).collect();
+        assert_eq!(held.len(), 3);
+        drop((internal, held));
+        // Beyond it there is no promise, and what was lent comes back.
+        let internal: Vec<_> =
+            std::iter::from_fn(|| pool.try_alloc_as(CHUNK, Priority::Internal)).collect();
+        assert_eq!(internal.len(), 4);
+        assert!(pool.try_alloc(1).is_none());
+        drop(internal);
+        assert!(pool.try_alloc(3 * CHUNK).is_some());
     }
 
     #[test]

@@ -23,6 +23,7 @@ mod probe;
 mod ring;
 mod setup;
 
+pub use arena::rounded as buffer_bytes;
 pub use backing::{Backing, BackingKind, OpenOptions};
 pub use buf::{AlignedBytes, Buf, BufPool, CHUNK, MAX_BUF, PoolOptions, Priority, ReadBuf};
 pub use error::{CloseError, DiskError, DiskErrorKind, OpKind, OpenError, RingError};

@@ -120,7 +120,9 @@ impl JoinServer {
             address: listen,
             source,
         };
-        let socket = socket::bind(listen).and_then(socket::wrap).map_err(io)?;
+        let socket = socket::bind(listen)
+            .and_then(|socket| socket::wrap(socket, tuning.largest_packet()))
+            .map_err(io)?;
         let endpoint = Endpoint::new_with_abstract_socket(
             tuning.endpoint(),
             Some(server),
@@ -308,7 +310,9 @@ async fn connect(
         silence: STEP,
         ..Tuning::default()
     };
-    let socket = socket::bind(local).and_then(socket::wrap).map_err(io)?;
+    let socket = socket::bind(local)
+        .and_then(|socket| socket::wrap(socket, tuning.largest_packet()))
+        .map_err(io)?;
     let endpoint =
         Endpoint::new_with_abstract_socket(tuning.endpoint(), None, socket, Arc::new(TokioRuntime))
             .map_err(io)?;

@@ -189,7 +189,10 @@ impl Shared {
         if let Some(endpoint) = self.dialing.borrow().get(&local) {
             return Ok(endpoint.clone());
         }
-        let socket = socket::wrap(socket::bind((local, 0).into())?)?;
+        let socket = socket::wrap(
+            socket::bind((local, 0).into())?,
+            self.tuning.largest_packet(),
+        )?;
         let endpoint = Endpoint::new_with_abstract_socket(
             self.tuning.endpoint(),
             None,
@@ -229,7 +232,9 @@ impl Link {
             let mut server = tls::server(&identity, &peers, Expect::AnyPeer, ALPN_REPLICATION)?;
             server.transport_config(transport.clone()).max_incoming(64);
             let io = |source| LinkError::Listen { address, source };
-            let socket = socket::bind(address).and_then(socket::wrap).map_err(io)?;
+            let socket = socket::bind(address)
+                .and_then(|socket| socket::wrap(socket, tuning.largest_packet()))
+                .map_err(io)?;
             let endpoint = Endpoint::new_with_abstract_socket(
                 tuning.endpoint(),
                 Some(server),

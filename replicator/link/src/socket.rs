@@ -15,6 +15,8 @@ use std::task::{Context, Poll};
 const MAX_SEND: usize = 65_500;
 /// Most segments the sender ever makes in one send.
 const MAX_SEGMENTS: usize = 10;
+/// Most bytes of one receive: the kernel joins packets up to this.
+const MAX_RECEIVE: usize = 65_535;
 /// Socket buffers in bytes, each direction: what a 4 MiB connection window can put in flight.
 const SOCKET_BUFFER: usize = 4 << 20;
 
@@ -56,18 +58,21 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
-/// Hands the socket to the runtime of this thread.
-pub(crate) fn wrap(socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+/// Hands the socket to the runtime of this thread. `payload`: most bytes of one packet that the endpoint takes.
+pub(crate) fn wrap(socket: UdpSocket, payload: u16) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     let inner = TokioRuntime.wrap_udp_socket(socket)?;
     Ok(Arc::new(Clamped {
         inner,
+        receive_segments: receive_segments_for(payload.into()),
         largest_segment: AtomicUsize::new(0),
     }))
 }
 
-/// Keeps segmented sends below [`MAX_SEND`], whatever packet size was discovered.
+/// Keeps segmented sends below [`MAX_SEND`], whatever packet size was discovered, and the receive buffers of QUIC, which
+/// are segments times packet size, at what one receive can bring.
 struct Clamped {
     inner: Arc<dyn AsyncUdpSocket>,
+    receive_segments: usize,
     /// Largest segment that was ever sent in a segmented send.
     largest_segment: AtomicUsize,
 }
@@ -80,6 +85,12 @@ impl fmt::Debug for Clamped {
 
 fn segments_for(segment: usize) -> usize {
     (MAX_SEND / segment.max(1)).clamp(1, MAX_SEGMENTS)
+}
+
+/// Packets of the largest size whose room holds any receive: with 64 of 8972 bytes, which is what QUIC asks the socket
+/// for, the buffers of one endpoint take 18 MiB.
+fn receive_segments_for(payload: usize) -> usize {
+    MAX_RECEIVE.div_ceil(payload.max(1))
 }
 
 impl AsyncUdpSocket for Clamped {
@@ -127,7 +138,7 @@ impl AsyncUdpSocket for Clamped {
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.inner.max_receive_segments()
+        self.receive_segments.min(self.inner.max_receive_segments())
     }
 
     fn may_fragment(&self) -> bool {
@@ -146,6 +157,14 @@ mod tests {
         assert_eq!(segments_for(65_000), 1);
         for segment in 1..=u16::MAX as usize {
             assert!(segments_for(segment) == 1 || segments_for(segment) * segment <= MAX_SEND);
+        }
+    }
+
+    #[test]
+    fn what_one_receive_brings_fits_in_its_buffer() {
+        for payload in 1200..=u16::MAX as usize {
+            let room = receive_segments_for(payload) * payload;
+            assert!((MAX_RECEIVE..2 * MAX_RECEIVE).contains(&room), "{payload}");
         }
     }
 }

@@ -89,10 +89,15 @@ impl Tuning {
         }
     }
 
+    /// Most bytes of one packet that is taken.
+    pub(crate) fn largest_packet(&self) -> u16 {
+        self.udp_payload().max(1472)
+    }
+
     pub(crate) fn endpoint(&self) -> EndpointConfig {
         let mut config = EndpointConfig::default();
         config
-            .max_udp_payload_size(self.udp_payload().max(1472))
+            .max_udp_payload_size(self.largest_packet())
             .expect("at least 1200");
         config
     }

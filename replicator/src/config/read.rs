@@ -663,6 +663,11 @@ impl Reader<'_> {
             "resync_chunk_bytes to 1 GiB".into(),
         )?;
         range(
+            "async_queue_bytes",
+            (u64::from(MAX_PAYLOAD)..=16 << 30).contains(&tuning.async_queue_bytes),
+            "1 MiB to 16 GiB".into(),
+        )?;
+        range(
             "receive_bytes",
             (2 * u64::from(MAX_PAYLOAD)..=16 << 30).contains(&tuning.receive_bytes),
             "2 MiB to 16 GiB".into(),

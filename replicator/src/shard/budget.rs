@@ -2,7 +2,7 @@
 //! the memory of another. A peer feels it as a stream that is not read, a client as a socket that is not read.
 
 use super::memory::Memory;
-use holdfast_disk::Buf;
+use holdfast_disk::{Buf, buffer_bytes};
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::future::poll_fn;
@@ -47,8 +47,9 @@ impl Budget {
 
     /// A buffer of `len` bytes once the budget allows it. One larger than the whole budget is let in alone.
     pub async fn alloc(self: &Rc<Self>, memory: &Memory, len: usize) -> ReceiveBuf {
-        poll_fn(|cx| self.poll_room(cx, len)).await;
-        let receipt = self.take(len);
+        let bytes = buffer_bytes(len);
+        poll_fn(|cx| self.poll_room(cx, bytes)).await;
+        let receipt = self.take(bytes);
         loop {
             match memory.internal(len) {
                 Ok(buf) => return ReceiveBuf { buf, receipt },

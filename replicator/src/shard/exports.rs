@@ -4,7 +4,7 @@ use super::budget::Budget;
 use super::buffers::ClientBuf;
 use super::driver::Shard;
 use super::requests::covering;
-use holdfast_disk::MAX_BUF;
+use holdfast_disk::{MAX_BUF, buffer_bytes};
 use holdfast_frontend::{
     BlockSizes, ClientInfo, CloseReason, CloseSignal, Completion, ExportError, ExportInfo, Exports,
     IoError, IoErrorKind, MAX_REQUEST_BYTES, Request, Volume,
@@ -109,11 +109,11 @@ impl Volume for Export {
                 "the request is larger than the shard's memory",
             )));
         }
-        if self.writes.poll_room(cx, whole).is_pending() {
+        if self.writes.poll_room(cx, buffer_bytes(whole)).is_pending() {
             return Poll::Pending;
         }
         shard.memory.poll_client(cx, whole).map(|buf| {
-            let receipt = Some(self.writes.take(whole));
+            let receipt = Some(self.writes.take(buffer_bytes(whole)));
             Ok(ClientBuf {
                 buf,
                 start: (offset - from) as usize,
@@ -139,10 +139,10 @@ impl Volume for Export {
         };
         let (from, to) = covering(offset, u64::from(len), self.sector);
         let whole = (to - from) as usize;
-        if self.reads.has_room(whole)
+        if self.reads.has_room(buffer_bytes(whole))
             && let Some(buf) = shard.memory.try_client(whole)
         {
-            let read_into = Some((buf, self.reads.take(whole)));
+            let read_into = Some((buf, self.reads.take(buffer_bytes(whole))));
             return shard.submit(self.service, self.volume, request, read_into, completion);
         }
         if !shard.memory.can_ever(whole) {
@@ -154,9 +154,9 @@ impl Volume for Export {
         // Memory is short: the read waits its turn on its own.
         let (service, volume, reads) = (self.service, self.volume, self.reads.clone());
         tokio::task::spawn_local(async move {
-            poll_fn(|cx| reads.poll_room(cx, whole)).await;
+            poll_fn(|cx| reads.poll_room(cx, buffer_bytes(whole))).await;
             // Its share first: others that wait see it taken.
-            let receipt = reads.take(whole);
+            let receipt = reads.take(buffer_bytes(whole));
             let buf = poll_fn(|cx| shard.memory.poll_client(cx, whole)).await;
             if !completion.is_abandoned() {
                 shard.submit(service, volume, request, Some((buf, receipt)), completion);

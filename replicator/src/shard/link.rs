@@ -128,15 +128,9 @@ impl LinkPort {
         let _ = self.inbox.shard.set(Rc::downgrade(shard));
     }
 
-    /// Takes streams of this service's peers from here on; `receive_bytes` is the budget of each.
-    pub fn add_service(
-        &self,
-        at: usize,
-        service: Uuid,
-        receive_bytes: u64,
-        peers: &[(Slot, Uuid)],
-    ) {
-        let budget = Budget::new(receive_bytes as usize * peers.len());
+    /// Takes streams of this service's peers from here on; `bytes` is what each may have waiting here.
+    pub fn add_service(&self, at: usize, service: Uuid, bytes: usize, peers: &[(Slot, Uuid)]) {
+        let budget = Budget::new(bytes * peers.len());
         self.inbox.budgets.borrow_mut().insert(service, budget);
         let mut routes = self.inbox.routes.borrow_mut();
         for (slot, node) in peers {

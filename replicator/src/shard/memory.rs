@@ -7,23 +7,24 @@
 
 use holdfast_disk::{Buf, BufPool, PoolOptions, Priority};
 use holdfast_replicator_core::api::Tuning;
+use holdfast_wire_format::frame::MAX_PAYLOAD;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
 use std::io;
 use std::task::{Context, Poll, Waker};
 use tokio::sync::Notify;
 
-/// Bytes for client requests on one shard, at least, and for each of its services.
-const CLIENT_BYTES: usize = 96 << 20;
-const CLIENT_BYTES_EACH: usize = 48 << 20;
+/// Bytes for requests of clients that are not answered yet, for each service. The largest request (32 MiB) fits.
+const CLIENT_BYTES: usize = 32 << 20;
 /// Bytes the core may need for one service beside its resync window: undo, verify.
-const CORE_BYTES: usize = 32 << 20;
+const CORE_BYTES: usize = 16 << 20;
 /// Bytes of one arena that is added when the reserve is used up.
-const OVERFLOW_BYTES: usize = 64 << 20;
+const OVERFLOW_BYTES: usize = 16 << 20;
 
 /// How much for whom, in bytes.
 #[derive(Clone, Copy, Debug)]
 pub struct Budgets {
+    /// What clients asked for: requests under way, and answered writes that wait in the queue toward a peer.
     pub client: usize,
     /// Data received from peers, and buffers of the core.
     pub internal: usize,
@@ -32,26 +33,33 @@ pub struct Budgets {
 impl Budgets {
     /// What these services need together; `peers` is the number of peers of each.
     pub fn of<'a>(services: impl Iterator<Item = (&'a Tuning, usize)>) -> Budgets {
-        let mut count = 0;
-        let internal = services
-            .map(|(tuning, peers)| {
-                count += 1;
-                peers * (tuning.receive_bytes as usize + tuning.resync_window_bytes as usize)
-                    + CORE_BYTES
-            })
-            .sum();
-        Budgets {
-            client: CLIENT_BYTES.max(count * CLIENT_BYTES_EACH),
-            internal,
+        let mut budgets = Budgets {
+            client: 0,
+            internal: 0,
+        };
+        for (tuning, peers) in services {
+            // A write that an asynchronous copy (or the target of a resync) has not taken yet keeps its buffer after its answer.
+            // The bound counts bytes of data; buffers are powers of two, a third larger on average.
+            let queue = tuning.async_queue_bytes as usize;
+            budgets.client += CLIENT_BYTES + peers * (queue + queue / 2);
+            budgets.internal += CORE_BYTES
+                + peers * (tuning.receive_bytes as usize + tuning.resync_window_bytes as usize);
         }
+        budgets
     }
 
-    /// What the clients of one of `services` services may hold: for writes, and for reads. Writes that are parked thus leave
-    /// room for reads, and for other services.
-    pub fn of_clients(self, services: usize) -> (usize, usize) {
-        let each = self.client / services.max(1);
-        (each / 4 * 3, each / 4)
+    /// What one peer of a service may have waiting here. An asynchronous copy applies nothing before the primary says that it is
+    /// stable, and what says so comes behind the data: less than the primary may send ahead, in buffers up to twice as
+    /// large, and the two would wait for each other. What goes beyond the share of peers is taken from clients, who are
+    /// elsewhere while a peer is primary, or added.
+    pub fn of_peer(tuning: &Tuning) -> usize {
+        let ahead = tuning.async_queue_bytes as usize + MAX_PAYLOAD as usize;
+        (tuning.receive_bytes as usize).max(2 * ahead)
     }
+
+    /// What the clients of one service may hold in requests that are not answered: for writes, and for reads. Writes that are
+    /// parked thus leave room for reads, and for other services.
+    pub const OF_CLIENTS: (usize, usize) = (CLIENT_BYTES / 4 * 3, CLIENT_BYTES / 4);
 }
 
 /// Buffers of one shard.

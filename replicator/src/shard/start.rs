@@ -153,7 +153,6 @@ async fn bring_up(
             .iter()
             .map(|service| (&service.tuning, service.peers.len())),
     );
-    let shares = budgets.of_clients(config.services.len());
     let memory = Rc::new(Memory::new(budgets).map_err(StartError::Memory)?);
     let ring = Ring::new(RingOptions::default(), memory.pool())?;
     let node = identity.id();
@@ -196,7 +195,6 @@ async fn bring_up(
             &mut hints_changed,
             metrics,
             &names,
-            shares,
         )?;
     }
     if hints_changed && let Err(error) = hints.store(&config.node.state_dir) {
@@ -305,7 +303,6 @@ fn attach(
     hints_changed: &mut bool,
     metrics: &Metrics,
     names: &dyn Fn(Uuid) -> Option<String>,
-    client_bytes: (usize, usize),
 ) -> Result<(), StartError> {
     let mut opened = Vec::with_capacity(service.volumes.len());
     for volume in &service.volumes {
@@ -411,7 +408,7 @@ fn attach(
     let slots: Vec<_> = peers.iter().map(|peer| (peer.slot, peer.node)).collect();
     shard
         .link()
-        .add_service(at, service.id, service.tuning.receive_bytes, &slots);
+        .add_service(at, service.id, Budgets::of_peer(&service.tuning), &slots);
     shard.add_service(Service::new(
         at,
         service.name.clone(),
@@ -421,7 +418,7 @@ fn attach(
         actions,
         volumes,
         peer_states,
-        client_bytes,
+        Budgets::OF_CLIENTS,
     ));
     tracing::info!(service = service.name, state = ?status.state, position = status.position, "service attached");
     Ok(())

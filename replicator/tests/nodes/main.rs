@@ -2,6 +2,7 @@
 
 mod child;
 mod grow;
+mod memory;
 mod process;
 mod reload;
 mod support;
