@@ -21,11 +21,11 @@ use std::time::{Duration, Instant};
 
 /// Name of the service in every cluster.
 pub const SERVICE: &str = "db";
-const NAMES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
+pub(crate) const NAMES: [&str; 4] = ["alpha", "beta", "gamma", "delta"];
 /// Everything waited for happens within moments; longer means that something is broken.
 pub const PATIENCE: Duration = Duration::from_secs(40);
 const LOOK_EVERY: Duration = Duration::from_millis(10);
-const LINK_PORT: u16 = 7741;
+pub(crate) const LINK_PORT: u16 = 7741;
 
 /// What a volume lies on.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -59,6 +59,8 @@ pub struct Settings {
     pub tuning: Vec<(&'static str, String)>,
     /// Log filter of the replicators.
     pub log: &'static str,
+    /// Services beside the one described above, with a copy on every node and the same tuning.
+    pub others: Vec<crate::services::Service>,
 }
 
 impl Default for Settings {
@@ -78,6 +80,7 @@ impl Default for Settings {
                 ("peer_timeout_ms", "600".into()),
             ],
             log: "info",
+            others: Vec::new(),
         }
     }
 }
@@ -185,6 +188,9 @@ impl Cluster {
         }
         for node in &cluster.nodes {
             node.must(&["volume", "create", SERVICE]);
+            for other in &settings.others {
+                node.must(&["volume", "create", other.name]);
+            }
         }
         cluster
     }
@@ -350,7 +356,7 @@ pub struct Node {
     pub slot: u8,
     directory: PathBuf,
     exe: PathBuf,
-    settings: Settings,
+    pub(crate) settings: Settings,
     /// Added to the replicator's environment.
     pub environment: Vec<(String, String)>,
     loops: Vec<LoopDevice>,
@@ -443,6 +449,9 @@ impl Node {
             for (key, value) in &settings.tuning {
                 text += &format!("{key} = {value}\n");
             }
+        }
+        for (number, service) in settings.others.iter().enumerate() {
+            text += &self.further_service(number, service, addresses);
         }
         std::fs::write(self.path("holdfast.toml"), text).expect("a configuration file");
     }
@@ -562,6 +571,24 @@ impl Node {
         );
     }
 
+    /// SIGSTOP: the process stands still with everything it holds, as on a machine that is paused.
+    #[track_caller]
+    pub fn freeze(&self) {
+        process::signal(
+            self.child.as_ref().expect("it runs"),
+            rustix::process::Signal::STOP,
+        );
+    }
+
+    /// SIGCONT: it goes on. Nothing happens if it was not frozen.
+    #[track_caller]
+    pub fn thaw(&self) {
+        process::signal(
+            self.child.as_ref().expect("it runs"),
+            rustix::process::Signal::CONT,
+        );
+    }
+
     pub fn pid(&self) -> Option<u32> {
         self.child.as_ref().map(Child::id)
     }
@@ -613,7 +640,7 @@ impl Node {
     }
 
     #[track_caller]
-    fn until_some<T>(&self, what: &str, mut look: impl FnMut(&Node) -> Option<T>) -> T {
+    pub(crate) fn until_some<T>(&self, what: &str, mut look: impl FnMut(&Node) -> Option<T>) -> T {
         let start = Instant::now();
         loop {
             if let Some(ended) = self.ended() {

@@ -369,14 +369,14 @@ impl Inner {
 }
 
 #[derive(Clone, Debug, PartialEq, Eq)]
-enum Found {
+pub(crate) enum Found {
     Zeroes,
     Write(Sequence),
     /// Not one whole write of this run and place.
     Foreign(String),
 }
 
-fn fill(out: &mut [u8], run: u32, sector: u64, sequence: Sequence) {
+pub(crate) fn fill(out: &mut [u8], run: u32, sector: u64, sequence: Sequence) {
     let (head, body) = out.split_at_mut(HEAD);
     let mut random = Random::new(sequence.rotate_left(40) ^ sector ^ u64::from(run) << 32);
     for word in body.chunks_exact_mut(8) {
@@ -391,7 +391,7 @@ fn fill(out: &mut [u8], run: u32, sector: u64, sequence: Sequence) {
     head[28..32].copy_from_slice(&digest.to_le_bytes());
 }
 
-fn identify(content: &[u8], run: u32, sector: u64) -> Found {
+pub(crate) fn identify(content: &[u8], run: u32, sector: u64) -> Found {
     if content.iter().all(|byte| *byte == 0) {
         return Found::Zeroes;
     }

@@ -10,13 +10,17 @@ pub mod history;
 pub mod load;
 pub mod loop_device;
 pub mod nbd;
+pub mod order;
 pub mod process;
 pub mod programs;
 pub mod random;
+pub mod services;
 pub mod story;
 
 pub use cluster::{Backing, Cluster, Node, Settings};
 pub use history::{History, Loss};
 pub use load::{Load, Mix};
 pub use nbd::Nbd;
+pub use order::Order;
 pub use random::Random;
+pub use services::Service;
