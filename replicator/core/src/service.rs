@@ -118,6 +118,8 @@ pub(crate) enum FlushFor {
 pub(crate) struct LocalFlush {
     pub round: u64,
     pub left: u32,
+    /// A round is over and those who waited for it are being told.
+    pub ending: bool,
     pub failed: bool,
     pub covers: Position,
     pub running: Vec<FlushFor>,

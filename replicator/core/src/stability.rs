@@ -23,10 +23,22 @@ impl Core {
         self.pump_flush(out);
     }
 
+    /// Begins the next round, and ends it too if there is nothing to flush. A loop, since the end of one round may let the next
+    /// begin: a row of flushes that each depend on the one before can be thousands long.
     fn pump_flush(&mut self, out: &mut Actions) {
-        if self.flush.left > 0 || self.flush.waiting.is_empty() || self.failed {
-            return;
+        while !self.flush.ending
+            && self.flush.left == 0
+            && !self.flush.waiting.is_empty()
+            && !self.failed
+        {
+            self.begin_flush_round(out);
+            if self.flush.left == 0 {
+                self.flush_round_over(out);
+            }
         }
+    }
+
+    fn begin_flush_round(&mut self, out: &mut Actions) {
         self.flush.round += 1;
         self.flush.failed = false;
         self.flush.running = std::mem::take(&mut self.flush.waiting);
@@ -41,9 +53,6 @@ impl Core {
                     volume: VolumeIndex(at as u16),
                 });
             }
-        }
-        if self.flush.left == 0 {
-            self.flush_round_over(out);
         }
     }
 
@@ -65,10 +74,13 @@ impl Core {
         }
         if self.flush.left == 0 {
             self.flush_round_over(out);
+            self.pump_flush(out);
         }
     }
 
+    /// Whoever asks for a flush meanwhile waits for the next round.
     fn flush_round_over(&mut self, out: &mut Actions) {
+        self.flush.ending = true;
         self.local_flushed = self.local_flushed.max(self.flush.covers);
         for waiter in std::mem::take(&mut self.flush.running) {
             match waiter {
@@ -97,7 +109,7 @@ impl Core {
             }
         }
         self.trim_window(out);
-        self.pump_flush(out);
+        self.flush.ending = false;
     }
 
     // --- the stable position ---

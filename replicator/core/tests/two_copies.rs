@@ -507,3 +507,42 @@ fn more_generations_than_a_superblock_holds() {
         }
     }
 }
+
+/// A copy that lags gets a long row of flushes, each of which depends on the one before and none of which the disk need carry out.
+#[test]
+fn d3_a_long_row_of_flushes_waits_behind_one_write() {
+    let modes = [Mode::Async, Mode::Async];
+    let sizes = [SIZE, SIZE / 2];
+    let mut w = World::new(1, &modes, OnPeerLoss::Continue, &sizes, true);
+    w.start(0);
+    w.start(1);
+    w.until("the copies agree", 2000, |w| w.settled(&[0, 1]));
+    w.promote(0, true).unwrap();
+    let write = w.write(0, 0, 0, vec![1; 512], false);
+    let mut flushes = vec![w.flush(0)];
+    let is_write = |action: &Action| matches!(action, Action::DiskWrite { .. });
+    w.until("the copy writes", 10_000, |w| {
+        w.status_of(0, write).is_some() && w.nodes[1].pending.iter().any(is_write)
+    });
+    // Its disk takes its time.
+    let at = w.nodes[1].pending.iter().position(is_write).unwrap();
+    let held = w.nodes[1].pending.remove(at);
+    for _ in 0..20_000 {
+        let last = *flushes.last().unwrap();
+        w.until("the flush completes", 10_000, |w| {
+            w.status_of(0, last).is_some()
+        });
+        flushes.push(w.flush(0));
+    }
+    w.until("all of it arrived", 100_000, |w| {
+        w.wires.values().all(|wire| wire.is_empty())
+    });
+    w.nodes[1].pending.push(held);
+    w.until("the copy has everything", 100_000, |w| {
+        w.nodes[0].core.as_ref().unwrap().status(w.now).peers[0].unacknowledged_bytes == 0
+            && w.nodes[1].core.as_ref().unwrap().status(w.now).position
+                == w.nodes[0].core.as_ref().unwrap().status(w.now).position
+    });
+    all_ok(&mut w, 0, &flushes);
+    same(&w, 0, 1);
+}
