@@ -437,8 +437,11 @@ fn an_asynchronous_copy_holds_a_beginning_of_the_order_of_all_volumes() {
     let mut lost_in_all = 0;
     for moment in 0..4 {
         let (lost, heir) = (moment % 2, 1 - moment % 2);
+        let before = cluster[heir].service().position;
         let writing = chains(&cluster, lost, &order, random.word());
         writing.until_acknowledged(200 + random.below(300));
+        // An asynchronous copy is up to `stable_interval_ms` behind.
+        cluster[heir].until("something arrived", |copy| copy.position > before);
         if moment >= 2 {
             // The copy stands still while the application goes on: something is lost for sure.
             cluster[heir].freeze();
