@@ -275,6 +275,10 @@ fn describe(status: &NodeStatus) {
         );
         count("holdfast_resync_bytes_total", service.counters.resync_bytes);
         count(
+            "holdfast_resync_equal_bytes_total",
+            service.counters.resync_equal_bytes,
+        );
+        count(
             "holdfast_activity_log_writes_total",
             service.counters.al_transactions,
         );

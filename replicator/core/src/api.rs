@@ -361,7 +361,8 @@ pub enum Action {
         to: BufId,
         length: u32,
     },
-    /// xxh3-128 of the first `length` bytes.
+    /// The first 128 bits of the SHA-256 of the first `length` bytes. Blocks with equal digests are not copied, and whoever writes
+    /// to a volume chooses what is in them: a hash that is only fast would not do.
     Hash {
         op: OpId,
         buf: BufId,

@@ -555,6 +555,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         handshake: String::new(),
         last_error: String::new(),
         full_copy: false,
+        compare: false,
         wants_stable: false,
         up_since: now,
         flush_asked: 0,

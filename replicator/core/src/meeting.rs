@@ -637,6 +637,8 @@ impl Core {
         let full = matches!(how, How::Full | How::FullByChecksum);
         self.peers[at].full_copy = full;
         let record = self.peers[at].record;
+        // Also where a full copy goes on that was cut.
+        self.peers[at].compare = how != How::Full && (full || self.sb.peers[record].full_copy);
         if full {
             for bitmap in &mut self.peers[at].bitmaps {
                 bitmap.set_all();

@@ -72,6 +72,8 @@ pub(crate) struct Chunk {
     pub state: ChunkState,
     /// Written meanwhile without being mirrored: its bits stay (D8).
     pub redirtied: bool,
+    /// Asked for by digest before it is sent.
+    pub compare: bool,
     pub buf: u64,
 }
 
@@ -80,6 +82,8 @@ pub(crate) enum ChunkState {
     /// Behind overlapping writes.
     Waiting,
     Reading,
+    /// The target compares it with what it holds.
+    Compared,
     Sent,
     Acked,
 }
@@ -100,6 +104,11 @@ pub(crate) struct SourceState {
     pub done_sent: bool,
     pub done_position: Position,
     pub started: Time,
+    /// Bytes the target held already, by digest.
+    pub equal_bytes: u64,
+    /// Chunks in a row whose digests differed, and how many to send without asking because of that.
+    pub compare_misses: u32,
+    pub compare_skip: u32,
 }
 
 /// The target's side.
@@ -247,6 +256,8 @@ pub(crate) struct Peer {
     pub last_error: String,
     /// `decide` said full copy.
     pub full_copy: bool,
+    /// Most of what the bits toward it name is likely to be equal: they stand for a lack of knowledge.
+    pub compare: bool,
     /// Waits for stability to make room in its activity log.
     pub wants_stable: bool,
     pub up_since: Time,

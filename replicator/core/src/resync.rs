@@ -4,12 +4,24 @@ use crate::api::*;
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
+use crate::verify::VERIFY_CHUNK;
 use holdfast_wire_format::frame::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 
 /// Acknowledged but not yet durable bytes after which the target is asked to flush.
 const FLUSH_EVERY: u64 = 64 << 20;
+/// So many digests in a row that differed, and so many chunks are sent without asking: a round trip and a read at the target
+/// buy nothing where the copies have nothing in common.
+const COMPARE_MISSES: u32 = 16;
+const COMPARE_SKIP: u32 = 256;
+
+/// Counts down; whether it was above zero.
+fn skip(left: &mut u32) -> bool {
+    let skips = *left > 0;
+    *left = left.saturating_sub(1);
+    skips
+}
 
 impl Core {
     /// Reads and sends as much as the window allows.
@@ -27,6 +39,9 @@ impl Core {
             let Some(session) = self.peers[at].session else {
                 return;
             };
+            let compare = self.peers[at].compare
+                && length <= VERIFY_CHUNK
+                && !skip(&mut self.peers[at].source.compare_skip);
             let source = &mut self.peers[at].source;
             let id = source.next_id;
             source.next_id += 1;
@@ -39,6 +54,7 @@ impl Core {
                 length,
                 state: ChunkState::Waiting,
                 redirtied: false,
+                compare,
                 buf: 0,
             });
             let slot = self.peers[at].slot;
@@ -140,12 +156,73 @@ impl Core {
             return self.leave_overlap(key, out);
         };
         let chunk = &self.peers[at].source.chunks[chunk];
-        let (buf, length) = (BufId(chunk.buf), chunk.length);
-        out.push(Action::IsZero {
-            op: OpId(key as u64),
-            buf,
-            length,
+        let (op, buf, length) = (OpId(key as u64), BufId(chunk.buf), chunk.length);
+        out.push(if chunk.compare {
+            Action::Hash { op, buf, length }
+        } else {
+            Action::IsZero { op, buf, length }
         });
+    }
+
+    /// A full copy by checksum: the digest travels in the order of the stream, and the target compares it with what it holds
+    /// there after everything before it and before everything behind it.
+    pub(crate) fn resync_hashed(&mut self, key: usize, digest: u128, out: &mut Actions) {
+        if let Some((at, index)) = self.chunk_of(key) {
+            let mut header = self.header(FrameKind::VerifyRequest);
+            let chunk = &mut self.peers[at].source.chunks[index];
+            chunk.state = ChunkState::Compared;
+            header.volume = chunk.volume;
+            header.offset = chunk.offset;
+            header.length = chunk.length;
+            let (sequence, buf) = (chunk.id, BufId(chunk.buf));
+            let body = Body::Verify { sequence, digest };
+            self.send(at, header, Payload::Body(body), out);
+            out.push(Action::ReleaseBuf { buf });
+        }
+        self.ops.remove(key);
+        self.leave_overlap(key, out);
+    }
+
+    /// What the target found. Equal bytes need no transfer, and are as durable there as anything before this session: the
+    /// next flush covers them. Others, and what it could not read, are read anew and sent.
+    pub(crate) fn resync_compared(&mut self, at: usize, id: u64, equal: bool, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        let session = self.peers[at].session.unwrap_or(SessionId(0));
+        let source = &mut self.peers[at].source;
+        let Some(chunk) = source
+            .chunks
+            .iter_mut()
+            .find(|c| c.id == id && c.state == ChunkState::Compared)
+        else {
+            self.bad_frame(at, "a comparison that was not asked for", out);
+            return;
+        };
+        let (volume, offset, length) = (chunk.volume, chunk.offset, u64::from(chunk.length));
+        if equal {
+            chunk.state = ChunkState::Acked;
+            source.compare_misses = 0;
+            source.outstanding_bytes -= length;
+            source.acked_unflushed_bytes += length;
+            source.done_bytes += length;
+            source.equal_bytes += length;
+            self.counters.resync_equal_bytes += length;
+            return self.pump_source(at, out);
+        }
+        chunk.state = ChunkState::Waiting;
+        chunk.compare = false;
+        source.compare_misses += 1;
+        if source.compare_misses >= COMPARE_MISSES {
+            source.compare_misses = 0;
+            source.compare_skip = COMPARE_SKIP;
+        }
+        let key = self.ops.insert(Op::ResyncRead {
+            peer: slot,
+            session: session.0,
+            chunk: id,
+        });
+        if self.overlap.insert(key, volume.0, offset, length) == 0 {
+            self.resync_read_ready(key, out);
+        }
     }
 
     /// Zeroes travel as a range; everything else as data.

@@ -111,6 +111,8 @@ pub struct Counters {
     pub replicated_writes: u64,
     pub replicated_bytes: u64,
     pub resync_bytes: u64,
+    /// Bytes a full copy by checksum did not send, because the target's digest was equal.
+    pub resync_equal_bytes: u64,
     pub al_transactions: u64,
     pub bitmap_writes: u64,
     pub superblock_writes: u64,

@@ -12,7 +12,7 @@ use holdfast_wire_format::frame::*;
 use holdfast_wire_format::ids::*;
 
 /// Bytes compared by one digest.
-const VERIFY_CHUNK: u64 = 256 << 10;
+pub(crate) const VERIFY_CHUNK: u32 = 256 << 10;
 /// Digests on their way at once.
 const VERIFY_DEPTH: usize = 16;
 
@@ -98,7 +98,7 @@ impl Core {
                 Some(size) if verify.offset < size => {
                     let volume = VolumeIndex(verify.volume as u16);
                     let offset = verify.offset;
-                    let length = VERIFY_CHUNK.min(size - offset) as u32;
+                    let length = u64::from(VERIFY_CHUNK).min(size - offset) as u32;
                     verify.offset += u64::from(length);
                     let sequence = verify.next_sequence;
                     verify.next_sequence += 1;
@@ -205,6 +205,9 @@ impl Core {
         if matches!(self.ops.get(key), Some(Op::Apply(_))) {
             return self.apply_finished(key, Ok(()), Some(digest), out);
         }
+        if matches!(self.ops.get(key), Some(Op::ResyncRead { .. })) {
+            return self.resync_hashed(key, digest, out);
+        }
         let Some((at, index)) = self.verify_chunk(key) else {
             if matches!(self.ops.get(key), Some(Op::VerifyRead { .. })) {
                 self.drop_verify_read(key, out);
@@ -239,14 +242,18 @@ impl Core {
     ) {
         let in_volume = self.volumes.get(header.volume.0 as usize).is_some_and(|v| {
             header.length > 0
-                && u64::from(header.length) <= VERIFY_CHUNK
+                && header.length <= VERIFY_CHUNK
                 && header.offset.is_multiple_of(512)
                 && header
                     .offset
                     .checked_add(u64::from(header.length))
                     .is_some_and(|end| end <= v.size)
         });
-        if !in_volume || !matches!(self.peers[at].relation, Relation::Established) {
+        let in_turn = matches!(
+            self.peers[at].relation,
+            Relation::Established | Relation::Target
+        );
+        if !in_volume || !in_turn {
             self.bad_frame(
                 at,
                 "a verify request out of turn or outside the volume",
@@ -273,7 +280,13 @@ impl Core {
         failed: bool,
         out: &mut Actions,
     ) {
-        if !self.peers[at].on(session) || !self.peers[at].verify.running {
+        if !self.peers[at].on(session) {
+            return;
+        }
+        if matches!(self.peers[at].relation, Relation::Source) {
+            return self.resync_compared(at, sequence, equal && !failed, out);
+        }
+        if !self.peers[at].verify.running {
             return;
         }
         let slot = self.peers[at].slot;

@@ -143,6 +143,8 @@ pub struct CountersReport {
     pub replicated_writes: u64,
     pub replicated_bytes: u64,
     pub resync_bytes: u64,
+    /// Bytes a full copy by checksum did not send, because the target's digest was equal.
+    pub resync_equal_bytes: u64,
     pub al_transactions: u64,
     pub bitmap_writes: u64,
     pub superblock_writes: u64,
@@ -414,6 +416,7 @@ impl From<&status::Counters> for CountersReport {
             replicated_writes: counters.replicated_writes,
             replicated_bytes: counters.replicated_bytes,
             resync_bytes: counters.resync_bytes,
+            resync_equal_bytes: counters.resync_equal_bytes,
             al_transactions: counters.al_transactions,
             bitmap_writes: counters.bitmap_writes,
             superblock_writes: counters.superblock_writes,

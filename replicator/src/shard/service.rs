@@ -383,7 +383,8 @@ impl Service {
                 Ok(())
             }
             Action::Hash { op, buf, length } => {
-                let digest = xxhash_rust::xxh3::xxh3_128(&self.entry(buf, length)?.bytes()[..length as usize]);
+                let bytes = &self.entry(buf, length)?.bytes()[..length as usize];
+                let digest = digest_of(bytes);
                 self.events.push_back(Event::HashDone { op, digest });
                 Ok(())
             }
@@ -787,4 +788,12 @@ mod tests {
             bytes[at] = 0;
         }
     }
+}
+
+/// What two copies compare instead of the bytes: the first 128 bits of their SHA-256.
+fn digest_of(bytes: &[u8]) -> u128 {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    digest.as_ref()[..16]
+        .iter()
+        .fold(0, |all, byte| all << 8 | u128::from(*byte))
 }
