@@ -748,6 +748,14 @@ fn is_zero(bytes: &[u8]) -> bool {
         .all(|chunk| chunk.iter().fold(0, |or, byte| or | byte) == 0)
 }
 
+/// What two copies compare instead of the bytes: the first 128 bits of their SHA-256.
+fn digest_of(bytes: &[u8]) -> u128 {
+    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
+    digest.as_ref()[..16]
+        .iter()
+        .fold(0, |all, byte| all << 8 | u128::from(*byte))
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;
@@ -788,12 +796,4 @@ mod tests {
             bytes[at] = 0;
         }
     }
-}
-
-/// What two copies compare instead of the bytes: the first 128 bits of their SHA-256.
-fn digest_of(bytes: &[u8]) -> u128 {
-    let digest = aws_lc_rs::digest::digest(&aws_lc_rs::digest::SHA256, bytes);
-    digest.as_ref()[..16]
-        .iter()
-        .fold(0, |all, byte| all << 8 | u128::from(*byte))
 }
