@@ -34,6 +34,15 @@ impl LoopDevice {
     pub fn path(&self) -> &Path {
         &self.path
     }
+
+    /// Leaves it to the kernel to detach the device once nobody has it open; somebody must have now.
+    #[must_use]
+    pub fn detach_when_unused(self) -> PathBuf {
+        let path = self.path.clone();
+        // Detaching a device in use is no more than a mark on it.
+        drop(self);
+        path
+    }
 }
 
 impl Drop for LoopDevice {
