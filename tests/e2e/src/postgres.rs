@@ -13,6 +13,16 @@ const LIMIT: Duration = Duration::from_secs(30);
 const PORT: &str = "5432";
 /// Name of the superuser and of the database.
 const NAME: &str = "postgres";
+/// Small and busy: files are reused and checkpoints come often. Nothing is switched off that makes a commit durable.
+const SETTINGS: [&str; 7] = [
+    "listen_addresses=",
+    "shared_buffers=16MB",
+    "max_connections=30",
+    "dynamic_shared_memory_type=mmap",
+    "min_wal_size=16MB",
+    "max_wal_size=24MB",
+    "autovacuum_naptime=1s",
+];
 
 /// An installation, and the unprivileged user it runs as: PostgreSQL refuses root.
 #[derive(Clone, Debug)]
@@ -87,8 +97,7 @@ impl Installation {
         command.status().is_ok_and(|status| status.success())
     }
 
-    /// A new data directory (not there yet, in a directory of the user's own), with checksums, nothing switched off that makes
-    /// commits durable, and frequent checkpoints.
+    /// A new data directory (not there yet, in a directory of the user's own), with checksums.
     #[track_caller]
     pub fn initialise(&self, data: &Path) {
         let mut command = self.command("initdb");
@@ -98,20 +107,6 @@ impl Installation {
             .args(["--no-instructions", "--pgdata"])
             .arg(data);
         process::must(command, LIMIT);
-        let settings = "listen_addresses = ''\n\
-             shared_buffers = 16MB\n\
-             max_connections = 30\n\
-             dynamic_shared_memory_type = mmap\n\
-             min_wal_size = 16MB\n\
-             max_wal_size = 24MB\n\
-             checkpoint_timeout = 30s\n\
-             autovacuum_naptime = 1s\n\
-             logging_collector = off\n";
-        let file = std::fs::File::options()
-            .append(true)
-            .open(data.join("postgresql.conf"));
-        file.and_then(|mut file| file.write_all(settings.as_bytes()))
-            .expect("settings");
     }
 }
 
@@ -136,6 +131,7 @@ impl Server {
         command
             .args(["-p", PORT, "-k"])
             .arg(sockets)
+            .args(SETTINGS.iter().flat_map(|setting| ["-c", setting]))
             .arg("-D")
             .arg(data)
             .stdin(std::process::Stdio::null())
