@@ -5,6 +5,7 @@
 pub mod examples;
 pub mod golden;
 pub mod sample;
+pub mod seeds;
 pub mod strategies;
 
 use holdfast_wire_format::frame::HEADER_LENGTH;
