@@ -18,7 +18,7 @@ use crate::tuning::Tuning;
 use holdfast_wire_format::frame::{FrameHeader, GoodbyeCode};
 use holdfast_wire_format::frame_codec::encode_header;
 use holdfast_wire_format::ids::Uuid;
-use quinn::{Endpoint, TokioRuntime, TransportConfig};
+use quinn::{Endpoint, TransportConfig};
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -197,7 +197,7 @@ impl Shared {
             self.tuning.endpoint(),
             None,
             socket,
-            Arc::new(TokioRuntime),
+            Arc::new(socket::OneThread),
         )?;
         self.dialing.borrow_mut().insert(local, endpoint.clone());
         Ok(endpoint)
@@ -239,7 +239,7 @@ impl Link {
                 tuning.endpoint(),
                 Some(server),
                 socket,
-                Arc::new(TokioRuntime),
+                Arc::new(socket::OneThread),
             )
             .map_err(io)?;
             listening.push(endpoint);

@@ -1,14 +1,16 @@
-//! UDP sockets under QUIC: large buffers, and segmented sends that stay within what one send may carry.
+//! UDP sockets under QUIC: large buffers, segmented sends that stay within what one send may carry, few wake-ups.
 
-use quinn::udp::{RecvMeta, Transmit};
-use quinn::{AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
-use std::fmt;
+use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 use std::io::{self, IoSliceMut};
 use std::net::{SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicUsize, Ordering};
-use std::task::{Context, Poll};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::task::{Context, Poll, ready};
+use std::time::Instant;
+use tokio::io::Interest;
+use tokio::io::unix::AsyncFd;
 
 /// Most bytes of one segmented send. The kernel's limit is 65,507 for IPv4; a send above it fails with EMSGSIZE, which
 /// QUIC treats as a lost packet, again and again.
@@ -60,27 +62,58 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
 
 /// Hands the socket to the runtime of this thread. `payload`: most bytes of one packet that the endpoint takes.
 pub(crate) fn wrap(socket: UdpSocket, payload: u16) -> io::Result<Arc<dyn AsyncUdpSocket>> {
-    let inner = TokioRuntime.wrap_udp_socket(socket)?;
-    Ok(Arc::new(Clamped {
-        inner,
-        receive_segments: receive_segments_for(payload.into()),
+    let options = UdpSocketState::new((&socket).into())?;
+    Ok(Arc::new(Socket {
+        receive_segments: receive_segments_for(payload.into()).min(options.gro_segments()),
+        options,
+        // Readable alone: the network takes every packet off the socket's buffer, and each would wake this thread once more to say
+        // that there is room again.
+        io: watch(socket, Interest::READABLE)?,
+        full: AtomicBool::new(false),
         largest_segment: AtomicUsize::new(0),
     }))
 }
 
-/// Keeps segmented sends below [`MAX_SEND`], whatever packet size was discovered, and the receive buffers of QUIC, which
-/// are segments times packet size, at what one receive can bring.
-struct Clamped {
-    inner: Arc<dyn AsyncUdpSocket>,
-    receive_segments: usize,
-    /// Largest segment that was ever sent in a segmented send.
-    largest_segment: AtomicUsize,
+/// Watches a socket in the runtime of this thread.
+fn watch(socket: UdpSocket, interest: Interest) -> io::Result<AsyncFd<UdpSocket>> {
+    // SAFETY: the socket owns its descriptor, which stays open and the same until the `AsyncFd` around it is dropped.
+    Ok(unsafe { AsyncFd::register_with_interest(socket, interest) }?)
 }
 
-impl fmt::Debug for Clamped {
-    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
-        self.inner.fmt(f)
+/// The runtime of the thread that owns the link, as QUIC's tasks see it: they run beside the link's own, in one queue. In a queue
+/// of their own every hand-over between the two would look at all sockets in between.
+#[derive(Debug)]
+pub(crate) struct OneThread;
+
+impl Runtime for OneThread {
+    fn new_timer(&self, at: Instant) -> Pin<Box<dyn AsyncTimer>> {
+        TokioRuntime.new_timer(at)
     }
+
+    fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
+        tokio::task::spawn_local(future);
+    }
+
+    fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
+        TokioRuntime.wrap_udp_socket(socket)
+    }
+
+    fn now(&self) -> Instant {
+        TokioRuntime.now()
+    }
+}
+
+/// Keeps segmented sends below [`MAX_SEND`], whatever packet size was discovered, and the receive buffers of QUIC, which
+/// are segments times packet size, at what one receive can bring; and wakes nobody without need.
+#[derive(Debug)]
+struct Socket {
+    options: UdpSocketState,
+    receive_segments: usize,
+    io: AsyncFd<UdpSocket>,
+    /// The last send found no room.
+    full: AtomicBool,
+    /// Largest segment that was ever sent in a segmented send.
+    largest_segment: AtomicUsize,
 }
 
 fn segments_for(segment: usize) -> usize {
@@ -93,24 +126,39 @@ fn receive_segments_for(payload: usize) -> usize {
     MAX_RECEIVE.div_ceil(payload.max(1))
 }
 
-impl AsyncUdpSocket for Clamped {
+impl Socket {
+    fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let sent = self.options.send(self.io.get_ref().into(), transmit);
+        if let Err(error) = &sent
+            && error.kind() == io::ErrorKind::WouldBlock
+        {
+            self.full.store(true, Ordering::Relaxed);
+        }
+        sent
+    }
+}
+
+impl AsyncUdpSocket for Socket {
     fn create_io_poller(self: Arc<Self>) -> Pin<Box<dyn UdpPoller>> {
-        self.inner.clone().create_io_poller()
+        Box::pin(Room {
+            socket: self,
+            waiting: None,
+        })
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let Some(segment) = transmit.segment_size else {
-            return self.inner.try_send(transmit);
+            return self.send(transmit);
         };
         self.largest_segment.fetch_max(segment, Ordering::Relaxed);
         if transmit.contents.len() <= MAX_SEND {
-            return self.inner.try_send(transmit);
+            return self.send(transmit);
         }
         // Only the first sends after a larger packet size was found: from then on the limit below holds. If a later
         // part would block, the whole is sent again, and the receiver drops the repetition as QUIC always does.
         for part in transmit.contents.chunks(segments_for(segment) * segment) {
             let segment_size = (part.len() > segment).then_some(segment);
-            self.inner.try_send(&Transmit {
+            self.send(&Transmit {
                 contents: part,
                 segment_size,
                 ..transmit.clone()
@@ -125,30 +173,139 @@ impl AsyncUdpSocket for Clamped {
         bufs: &mut [IoSliceMut<'_>],
         meta: &mut [RecvMeta],
     ) -> Poll<io::Result<usize>> {
-        self.inner.poll_recv(cx, bufs, meta)
+        loop {
+            let mut guard = ready!(self.io.poll_read_ready(cx))?;
+            match self.options.recv(self.io.get_ref().into(), bufs, meta) {
+                Ok(count) => {
+                    // It took all there was. What comes from now on is a new edge, so asking again would tell nothing.
+                    if count < bufs.len().min(meta.len()) {
+                        guard.clear_ready();
+                    }
+                    return Poll::Ready(Ok(count));
+                }
+                Err(error) if error.kind() == io::ErrorKind::WouldBlock => guard.clear_ready(),
+                Err(error) => return Poll::Ready(Err(error)),
+            }
+        }
     }
 
     fn local_addr(&self) -> io::Result<SocketAddr> {
-        self.inner.local_addr()
+        self.io.get_ref().local_addr()
     }
 
     fn max_transmit_segments(&self) -> usize {
         segments_for(self.largest_segment.load(Ordering::Relaxed))
-            .min(self.inner.max_transmit_segments())
+            .min(self.options.max_gso_segments())
     }
 
     fn max_receive_segments(&self) -> usize {
-        self.receive_segments.min(self.inner.max_receive_segments())
+        self.receive_segments
     }
 
     fn may_fragment(&self) -> bool {
-        self.inner.may_fragment()
+        self.options.may_fragment()
+    }
+}
+
+/// Waits for room in the socket's buffer, after a send that found none.
+#[derive(Debug)]
+struct Room {
+    socket: Arc<Socket>,
+    /// A second descriptor of the socket, watched only while somebody waits.
+    waiting: Option<AsyncFd<UdpSocket>>,
+}
+
+impl UdpPoller for Room {
+    fn poll_writable(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
+        if !self.socket.full.load(Ordering::Relaxed) {
+            self.waiting = None;
+            return Poll::Ready(Ok(()));
+        }
+        let waiting = match self.waiting.take() {
+            Some(waiting) => waiting,
+            None => {
+                let second = self.socket.io.get_ref().try_clone()?;
+                watch(second, Interest::WRITABLE)?
+            }
+        };
+        if waiting.poll_write_ready(cx)?.is_pending() {
+            self.waiting = Some(waiting);
+            return Poll::Pending;
+        }
+        self.socket.full.store(false, Ordering::Relaxed);
+        Poll::Ready(Ok(()))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    fn pair() -> (Arc<dyn AsyncUdpSocket>, UdpSocket) {
+        let ours = bind((std::net::Ipv4Addr::LOCALHOST, 0).into()).unwrap();
+        let other = UdpSocket::bind((std::net::Ipv4Addr::LOCALHOST, 0)).unwrap();
+        (wrap(ours, 1472).unwrap(), other)
+    }
+
+    /// Packets that come one by one, together, and between a look that found the socket empty and the next: none is left lying.
+    #[tokio::test(flavor = "current_thread")]
+    async fn every_packet_wakes_the_receiver() {
+        let (ours, other) = pair();
+        let to = ours.local_addr().unwrap();
+        let mut expected = 0;
+        for burst in [1, 3, 1, 40, 2, 33, 32, 1] {
+            for _ in 0..burst {
+                other.send_to(&[7; 100], to).unwrap();
+            }
+            expected = burst;
+            while expected > 0 {
+                let mut memory = vec![[0; 2048]; 32];
+                let mut bufs: Vec<_> = memory.iter_mut().map(|m| IoSliceMut::new(m)).collect();
+                let mut meta = [RecvMeta::default(); 32];
+                let got = std::future::poll_fn(|cx| ours.poll_recv(cx, &mut bufs, &mut meta));
+                let got = tokio::time::timeout(std::time::Duration::from_secs(5), got).await;
+                let got = got.expect("packets wait in the socket").unwrap();
+                // Segments that the kernel joined count each.
+                expected -= meta[..got].iter().map(|m| m.len / 100).sum::<usize>();
+            }
+        }
+        assert_eq!(expected, 0);
+    }
+
+    /// A socket whose buffer is full says so, and is written again once there is room; nobody watches it otherwise.
+    #[tokio::test(flavor = "current_thread")]
+    async fn a_full_socket_waits_for_room() {
+        // A pair of datagram sockets whose other end the test holds, so that it decides when there is room.
+        let (ours, other) = std::os::unix::net::UnixDatagram::pair().unwrap();
+        ours.set_nonblocking(true).unwrap();
+        while ours.send(&[1; 1024]).is_ok() {}
+        let room = Room {
+            socket: Arc::new(Socket {
+                options: UdpSocketState::new((&UdpSocket::bind("127.0.0.1:0").unwrap()).into())
+                    .unwrap(),
+                io: watch(
+                    UdpSocket::from(std::os::fd::OwnedFd::from(ours)),
+                    Interest::READABLE,
+                )
+                .unwrap(),
+                receive_segments: 1,
+                full: AtomicBool::new(true),
+                largest_segment: AtomicUsize::new(0),
+            }),
+            waiting: None,
+        };
+        let mut room = Box::pin(room);
+        let mut cx = Context::from_waker(std::task::Waker::noop());
+        assert!(room.as_mut().poll_writable(&mut cx).is_pending());
+        assert!(room.waiting.is_some());
+        let mut memory = [0; 1024];
+        other.set_nonblocking(true).unwrap();
+        while other.recv(&mut memory).is_ok() {}
+        let ready = std::future::poll_fn(|cx| room.as_mut().poll_writable(cx));
+        let ready = tokio::time::timeout(std::time::Duration::from_secs(5), ready).await;
+        ready.expect("there is room").unwrap();
+        assert!(room.waiting.is_none() && !room.socket.full.load(Ordering::Relaxed));
+    }
 
     #[test]
     fn segments_fit_one_send() {
