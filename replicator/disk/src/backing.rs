@@ -3,6 +3,7 @@
 use crate::error::{DiskError, DiskErrorKind, OpKind, OpenError};
 #[cfg(feature = "fault-injection")]
 use crate::fault::FaultDisk;
+use crate::in_place;
 use crate::job::Caps;
 use crate::lock::{guard_aliases, lock};
 use crate::probe::{self, Identity};
@@ -53,6 +54,8 @@ pub enum BackingKind {
 /// Below the jobs: the kernel, or a disk that fails on command.
 pub(crate) enum Engine {
     Kernel,
+    /// The kernel, and small transfers without the ring: the file is in memory.
+    Memory,
     #[cfg(feature = "fault-injection")]
     Fault(Arc<FaultDisk>),
 }
@@ -218,6 +221,10 @@ impl Backing {
             is_device: kind == BackingKind::BlockDevice,
         };
 
+        let engine = match kind == BackingKind::File && in_place::in_memory(&file) {
+            true => Engine::Memory,
+            false => Engine::Kernel,
+        };
         #[cfg(feature = "fault-injection")]
         let engine = match &options.fault_control {
             Some(socket) => Engine::Fault(
@@ -228,10 +235,8 @@ impl Backing {
                     },
                 )?,
             ),
-            None => Engine::Kernel,
+            None => engine,
         };
-        #[cfg(not(feature = "fault-injection"))]
-        let engine = Engine::Kernel;
 
         Ok(Backing {
             inner: Rc::new(BackingInner {

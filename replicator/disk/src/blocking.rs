@@ -73,7 +73,7 @@ impl Backing {
                 .error(DiskErrorKind::FlushLost(errno), OpKind::Flush, 0, 0));
         }
         let result = match &self.inner.engine {
-            Engine::Kernel => retry(|| rustix::fs::fdatasync(&self.inner.file)),
+            Engine::Kernel | Engine::Memory => retry(|| rustix::fs::fdatasync(&self.inner.file)),
             #[cfg(feature = "fault-injection")]
             Engine::Fault(disk) => disk.blocking_sync(),
         };
@@ -99,7 +99,7 @@ impl Backing {
         let mut done = 0;
         while done < bytes.len() {
             let result = match &self.inner.engine {
-                Engine::Kernel => retry(|| {
+                Engine::Kernel | Engine::Memory => retry(|| {
                     rustix::io::pread(&self.inner.file, &mut bytes[done..], offset + done as u64)
                 }),
                 #[cfg(feature = "fault-injection")]
@@ -120,7 +120,7 @@ impl Backing {
         while done < bytes.len() {
             let rest = &bytes[done..];
             let result = match &self.inner.engine {
-                Engine::Kernel => {
+                Engine::Kernel | Engine::Memory => {
                     retry(|| rustix::io::pwrite(&self.inner.file, rest, offset + done as u64))
                 }
                 #[cfg(feature = "fault-injection")]

@@ -15,6 +15,7 @@ mod fault;
 #[cfg(feature = "fault-injection")]
 mod fault_control;
 mod in_flight;
+mod in_place;
 mod job;
 mod lock;
 mod memory;

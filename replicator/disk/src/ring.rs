@@ -125,10 +125,7 @@ impl Ring {
     /// Puts a request into the queue, to be started by the next [`Self::flush_submissions`], [`Self::submit`] or
     /// [`Self::poll_completions`]: one system call for many requests.
     pub fn push(&self, op: Op, token: u64) {
-        let mut inner = self.inner.borrow_mut();
-        inner.push(op, token);
-        inner.fill();
-        self.signal_if_done(&inner);
+        self.inner.borrow_mut().push(op, token);
     }
 
     /// Starts several requests with one system call.
@@ -142,12 +139,14 @@ impl Ring {
         self.signal_if_done(&inner);
     }
 
-    /// Hands everything pushed to the kernel: one system call, none when there is nothing.
-    pub fn flush_submissions(&self) {
+    /// Hands everything pushed to the kernel: one system call, none when there is nothing. True: something is complete already, and
+    /// nobody is woken for it, so [`Self::poll_completions`] is to be called.
+    #[must_use = "completions that are there already wake nobody"]
+    pub fn flush_submissions(&self) -> bool {
         let mut inner = self.inner.borrow_mut();
         inner.fill();
         inner.enter();
-        self.signal_if_done(&inner);
+        !inner.done.is_empty()
     }
 
     /// Moves all completions there are to the end of `out`, without waiting; how many. Also continues short transfers and hands on what is queued,

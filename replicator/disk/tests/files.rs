@@ -91,7 +91,7 @@ fn a_queue_deeper_than_the_ring_loses_nothing() {
             );
         }
         assert_eq!(ring.in_flight(), 2000, "{name}");
-        ring.flush_submissions();
+        let _ = ring.flush_submissions();
         let done = wait(&ring, 2000);
         assert!(
             done.iter().all(|completion| completion.result.is_ok()),
@@ -401,7 +401,7 @@ fn the_kernel_keeps_its_buffer_when_the_caller_lets_go() {
         ring.detach(file),
         Err(CloseError::Busy { requests: 8, .. })
     ));
-    ring.flush_submissions();
+    let _ = ring.flush_submissions();
     wait(&ring, 8);
     assert_eq!(pool.used(), before);
     ring.detach(file).expect("idle now");
@@ -686,4 +686,56 @@ fn after_a_kill_the_next_process_gets_the_lock_once_the_requests_are_gone() {
         backing.read_exact_at(0, &mut got).expect("read");
         assert!(got.iter().all(|byte| *byte == 0));
     }
+}
+
+/// Small transfers of a file in memory are over when they are handed over, with all that is promised of them; large ones and
+/// those of a disk are not waited for.
+#[test]
+fn small_transfers_in_memory_are_carried_out_in_place() {
+    let Some((_, dir)) = places().into_iter().find(|(name, _)| *name == "tmpfs") else {
+        return;
+    };
+    let pool = pool();
+    let ring = ring(&pool);
+    let file = ring.attach(create(&dir.path().join("volume"), 8 << 20));
+    let mut done = Vec::new();
+    for (number, fua) in [(0, false), (1, true)] {
+        let data = pattern(number as u8 + 1, 64 << 10);
+        let op = Op::Write {
+            file,
+            offset: number * (64 << 10),
+            buf: buf(&pool, &data),
+            buf_offset: 0,
+            len: 64 << 10,
+            fua,
+        };
+        ring.push(op, number);
+    }
+    ring.push(Op::Flush { file }, 2);
+    assert_eq!(ring.poll_completions(&mut done), 3);
+    assert!(done.iter().all(|completion| completion.result.is_ok()));
+    assert_eq!(pool.used(), 0, "buffers are free with the answer");
+    for number in 0..2 {
+        let found = read(&ring, &pool, file, number * (64 << 10), 64 << 10).expect("read");
+        assert_eq!(found, pattern(number as u8 + 1, 64 << 10));
+    }
+    // Nobody is woken for what is over at the hand-over: it says so.
+    ring.push(Op::Flush { file }, 3);
+    assert!(ring.flush_submissions());
+    assert_eq!(wait(&ring, 1)[0].token, 3);
+    let large = Op::Write {
+        file,
+        offset: 0,
+        buf: buf(&pool, &pattern(5, 1 << 20)),
+        buf_offset: 0,
+        len: 1 << 20,
+        fua: false,
+    };
+    ring.push(large, 4);
+    let _ = ring.flush_submissions();
+    assert_eq!(wait(&ring, 1)[0].token, 4);
+    assert_eq!(
+        read(&ring, &pool, file, 0, 1 << 20).expect("read"),
+        pattern(5, 1 << 20)
+    );
 }

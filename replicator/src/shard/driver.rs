@@ -153,7 +153,7 @@ impl Shard {
                     halt(&self.log, service, reason);
                 }
             }
-            self.ring.flush_submissions();
+            more |= self.ring.flush_submissions();
             if !worked && !more {
                 break;
             }
