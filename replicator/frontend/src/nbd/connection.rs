@@ -236,12 +236,9 @@ impl<S: AsyncRead + AsyncWrite + Unpin, V: Volume> Transmission<S, V> {
     }
 
     fn send(&mut self, cx: &mut Context<'_>) -> io::Result<()> {
-        loop {
+        while self.session.unsent_answers() > 0 {
             let mut slices = [IoSlice::new(&[]); GATHER];
             let filled = self.session.gather(&mut slices);
-            if filled == 0 {
-                break;
-            }
             let stream = Pin::new(&mut self.stream);
             match stream.poll_write_vectored(cx, &slices[..filled])? {
                 Poll::Ready(0) => return Err(io::ErrorKind::WriteZero.into()),

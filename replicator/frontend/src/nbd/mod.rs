@@ -13,6 +13,7 @@ mod outbox;
 pub mod server;
 pub mod session;
 pub mod settings;
+mod unix;
 pub mod wire;
 
 pub use server::{BindError, NbdServer, bind_tcp, bind_unix};

@@ -22,6 +22,7 @@ use super::connection::{
 };
 use super::handshake::{Handshake, TlsState};
 use super::settings::{Limits, Stats, TlsPolicy, add};
+use super::unix;
 
 /// Room for a few large answers between two wake-ups of the client; the kernel caps it by `net.core.wmem_max`.
 const UNIX_SEND_BUFFER_BYTES: usize = 1 << 20;
@@ -269,6 +270,7 @@ impl<E: Exports> NbdServer<E> {
             Progress::Opened(opened, rest) => {
                 self.log_opened(peer, &opened.name, false);
                 let stops = self.stop.watch();
+                let stream = unix::Socket::new(stream)?;
                 transmit(stream, opened, &rest, stops, &self.surroundings()).await
             }
             Progress::Over(end) => Ok(end),
