@@ -796,9 +796,12 @@ impl Core {
 
     fn received_ack(&mut self, at: usize, through: Position, out: &mut Actions) {
         let slot = self.peers[at].slot.0 as usize;
+        let Some(oldest) = self.peers[at].oldest_unacked else {
+            return;
+        };
         let positions: Vec<Position> = self
             .window
-            .iter()
+            .above(oldest - 1)
             .take_while(|e| e.position <= through)
             .filter(|e| e.op != NO_OP)
             .filter(|e| matches!(self.ops.get(e.op as usize), Some(Op::Client(op)) if op.legs[slot] == Leg::InFlight))
@@ -811,15 +814,17 @@ impl Core {
 
     fn after_acks(&mut self, at: usize, out: &mut Actions) {
         let slot = self.peers[at].slot.0 as usize;
-        let oldest = self
-            .window
-            .iter()
-            .filter(|e| e.op != NO_OP)
-            .find(|e| {
-                matches!(self.ops.get(e.op as usize),
+        let open = |e: &&Entry| {
+            e.op != NO_OP
+                && matches!(self.ops.get(e.op as usize),
                     Some(Op::Client(op)) if matches!(op.legs[slot], Leg::InFlight | Leg::Received))
-            })
-            .map(|e| e.position);
+        };
+        // Legs open at the newest end, so none is open below the one that was the oldest: the search begins there, and
+        // the thousands that are settled and not yet stable are not walked for each acknowledgement.
+        let before = self.peers[at].oldest_unacked;
+        let first = before.and_then(|from| self.window.above(from - 1).find(open));
+        let oldest = first.map(|e| e.position);
+        debug_assert_eq!(oldest, self.window.iter().find(open).map(|e| e.position));
         self.peers[at].oldest_unacked = oldest;
         self.joining_progress(at, out);
         self.congestion_relieved(at, out);
