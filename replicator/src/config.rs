@@ -62,6 +62,8 @@ pub struct NodeConfig {
     /// None: no metrics are served.
     pub metrics: Option<SocketAddr>,
     pub profile: Profile,
+    /// How long a thread waits awake for the next event before it sleeps; zero: never.
+    pub spin: Duration,
     /// The person knows that `state_dir` is on a network block device that is none of ours.
     pub state_may_be_on_nbd: bool,
 }

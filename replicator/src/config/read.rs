@@ -1,6 +1,7 @@
 //! From the text of a configuration to values that fit together.
 
 use super::*;
+use crate::shard::spin::Spin;
 use holdfast_wire_format::frame::MAX_PAYLOAD;
 use holdfast_wire_format::ids::{MAX_COPIES, MAX_PEERS, MAX_VOLUMES};
 use std::collections::BTreeSet;
@@ -41,9 +42,13 @@ struct RawNode {
     #[serde(default = "default_profile")]
     profile: RawProfile,
     wan: Option<RawWan>,
+    spin_us: Option<u64>,
     #[serde(default)]
     state_may_be_on_nbd: bool,
 }
+
+/// Longest wait awake that can be set, in microseconds.
+const MAX_SPIN_US: u64 = 1000;
 
 fn default_state_dir() -> PathBuf {
     "/var/lib/holdfast".into()
@@ -351,6 +356,19 @@ impl Reader<'_> {
                 }
             }
         };
+        let spin = match raw.spin_us {
+            Some(micros) if micros > MAX_SPIN_US => {
+                return Err(self.wrong(
+                    "node.spin_us",
+                    format!("{micros} is out of range"),
+                    "use 0 to 1000 microseconds; 0 never waits awake",
+                ));
+            }
+            Some(micros) => Duration::from_micros(micros),
+            None => Spin::sane_budget(
+                std::thread::available_parallelism().map_or(1, std::num::NonZero::get),
+            ),
+        };
         Ok(NodeConfig {
             name: raw.name,
             state_dir: raw.state_dir,
@@ -358,6 +376,7 @@ impl Reader<'_> {
             control_socket: raw.control_socket,
             metrics,
             profile,
+            spin,
             state_may_be_on_nbd: raw.state_may_be_on_nbd,
         })
     }

@@ -57,6 +57,11 @@ fn every_contradiction_is_refused_with_file_and_key() {
     let cases = [
         ("name = \"alpha\"", "name = \"al/pha\"", "node.name"),
         ("name = \"alpha\"", "nmae = \"alpha\"", "nmae"),
+        (
+            "name = \"alpha\"",
+            "name = \"alpha\"\nspin_us = 1001",
+            "node.spin_us",
+        ),
         ("slot = 0", "slot = 9", "service \"db\".slot"),
         ("slot = 0", "slot = 1", "peer \"beta\".slot"),
         ("node = \"beta\"", "node = \"alpha\"", "peer \"alpha\".node"),

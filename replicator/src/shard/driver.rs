@@ -10,6 +10,7 @@ use super::buffers::ClientBuf;
 use super::link::LinkPort;
 use super::memory::Memory;
 use super::service::{Service, Surroundings, Token};
+use super::spin::{Next, Spin};
 use crate::events::EventLog;
 use holdfast_disk::{Buf, Ring};
 use holdfast_frontend::{CloseReason, Completion, IoError, IoErrorKind, Request};
@@ -54,6 +55,8 @@ pub struct Shard {
     /// When the timer fires, as it knows.
     armed: Cell<Option<Time>>,
     rearm: Notify,
+    spin: RefCell<Spin>,
+    spin_begins: Notify,
 }
 
 impl Shard {
@@ -63,6 +66,7 @@ impl Shard {
         link: LinkPort,
         log: EventLog,
         started: Instant,
+        spin: Duration,
     ) -> Rc<Shard> {
         Rc::new(Shard {
             memory,
@@ -76,6 +80,8 @@ impl Shard {
             reloaded: watch::Sender::new(0),
             armed: Cell::new(None),
             rearm: Notify::new(),
+            spin: RefCell::new(Spin::new(spin)),
+            spin_begins: Notify::new(),
         })
     }
 
@@ -125,6 +131,7 @@ impl Shard {
         let Ok(mut services) = self.services.try_borrow_mut() else {
             return;
         };
+        let mut any = false;
         for round in 0u32.. {
             let around = Surroundings {
                 ring: &self.ring,
@@ -141,6 +148,7 @@ impl Shard {
                     halt(&self.log, service, reason);
                 }
             }
+            any |= worked;
             // What these events caused may have finished or come in meanwhile; but who waits for an acknowledgement
             // gathered here does not wait for a quiet moment.
             if worked && round % ROUNDS != ROUNDS - 1 {
@@ -164,6 +172,9 @@ impl Shard {
             .min();
         drop(services);
         self.arm(deadline);
+        if any && self.spin.borrow_mut().event(self.started.elapsed()) {
+            self.spin_begins.notify_one();
+        }
     }
 
     /// Everything that came in since the last look becomes events of its service.
@@ -248,7 +259,16 @@ impl Shard {
                 self.memory.trim();
             }
         };
-        tokio::join!(ring, timer, watch, self.memory.serve_waiting());
+        let spin = async {
+            loop {
+                self.spin_begins.notified().await;
+                while self.spin.borrow_mut().look(self.started.elapsed()) == Next::Look {
+                    // The runtime looks at all sockets and the ring, then comes back here instead of sleeping.
+                    tokio::task::yield_now().await;
+                }
+            }
+        };
+        tokio::join!(ring, timer, watch, self.memory.serve_waiting(), spin);
     }
 
     fn tick(&self) {

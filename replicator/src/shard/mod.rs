@@ -10,6 +10,7 @@ mod link;
 pub mod memory;
 mod requests;
 mod service;
+pub mod spin;
 mod start;
 mod tls;
 

@@ -180,7 +180,14 @@ async fn bring_up(
         memory.clone(),
         log.clone(),
     )?;
-    let shard = Shard::new(memory, ring, link, log.clone(), Instant::now());
+    let shard = Shard::new(
+        memory,
+        ring,
+        link,
+        log.clone(),
+        Instant::now(),
+        config.node.spin,
+    );
     let mut hints = Hints::load(&config.node.state_dir);
     let mut hints_changed = false;
     for (at, (service, peers)) in config.services.iter().zip(&peer_lists).enumerate() {
