@@ -473,10 +473,23 @@ impl Core {
 
     /// Something of this copy's disk is still being written on behalf of an earlier session or role.
     pub(crate) fn applying(&self) -> bool {
-        self.ops.iter().any(|(_, op)| match op {
-            crate::op::Op::Apply(_) | crate::op::Op::Undo { .. } => true,
-            crate::op::Op::Client(op) => op.local_left > 0 && op.stage == crate::op::Stage::Issued,
-            _ => false,
-        }) || self.peers.iter().any(|p| !p.inbox.queue.is_empty())
+        // What is kept for a person who forces this copy waits for nothing.
+        let kept: usize = self.peers.iter().map(|p| p.inbox.kept_writes()).sum();
+        let applies = self
+            .ops
+            .iter()
+            .filter(|(_, op)| matches!(op, crate::op::Op::Apply(_)));
+        applies.count() > kept
+            || self.ops.iter().any(|(_, op)| match op {
+                crate::op::Op::Undo { .. } => true,
+                crate::op::Op::Client(op) => {
+                    op.local_left > 0 && op.stage == crate::op::Stage::Issued
+                }
+                _ => false,
+            })
+            || self
+                .peers
+                .iter()
+                .any(|p| p.inbox.kept.is_none() && !p.inbox.queue.is_empty())
     }
 }

@@ -88,6 +88,8 @@ impl Core {
         if unfinished || matches!(self.role, Role::Promoting | Role::Demoting) || self.dropping {
             return;
         }
+        // Its primary speaks for what it sent.
+        self.drop_inbox(at, out);
         self.peers[at].inbox = Inbox {
             session: session.0,
             ..Inbox::default()
@@ -838,7 +840,7 @@ impl Core {
             self.peers[at].was_primary = was_primary;
         }
         let follower = was_primary && matches!(relation, Relation::Established);
-        if !follower && !orphaned {
+        if !follower && !orphaned && self.peers[at].inbox.kept.is_none() {
             // A target in the middle: the source still has bits for all of it.
             self.drop_inbox(at, out);
         }
@@ -888,20 +890,31 @@ impl Core {
     /// Whatever of a dead session's frames may still be applied is; then its primary's unstable writes become
     /// bits, and the next meeting may begin.
     pub(crate) fn orphan_progress(&mut self, at: usize, out: &mut Actions) {
+        let now_in = (self.sb.epoch_gate, self.generation());
+        let kept = self.peers[at].inbox.kept;
+        if kept.is_some_and(|k| k != now_in || self.failed || self.detaching.is_some()) {
+            // Somebody else went on: these writes are of a past that is not this copy's any more.
+            self.drop_inbox(at, out);
+        }
         if !self.peers[at].inbox.orphan {
             return;
         }
-        // Async copies stop at the last stable position they were told: the rest is not theirs to apply.
-        if self.peers[at].inbox.begun.iter().all(|b| b.2) && !self.peers[at].inbox.queue.is_empty()
-        {
-            self.drop_inbox(at, out);
+        let inbox = &mut self.peers[at].inbox;
+        if inbox.begun.iter().all(|b| b.2) && !inbox.queue.is_empty() {
+            // Async copies stop at the last stable position they were told: the rest is theirs to apply only if a person makes
+            // this copy the one that goes on.
+            inbox.kept = Some(now_in);
         }
+        if inbox.kept.is_none() && !inbox.queue.is_empty() {
+            return;
+        }
+        let kept = inbox.kept_writes();
         let slot = self.peers[at].slot;
-        let open = self
+        let applies = self
             .ops
             .iter()
-            .any(|(_, op)| matches!(op, Op::Apply(op) if op.peer == slot));
-        if open || !self.peers[at].inbox.queue.is_empty() {
+            .filter(|(_, op)| matches!(op, Op::Apply(op) if op.peer == slot));
+        if applies.count() > kept {
             return;
         }
         if std::mem::take(&mut self.peers[at].was_primary) {
@@ -934,6 +947,32 @@ impl Core {
             }
         }
         self.peers[at].inbox.queued_bytes = 0;
+        self.peers[at].inbox.kept = None;
+    }
+
+    /// A person forces this copy: what it received of the order is a longer part of it than what was known to be stable.
+    pub(crate) fn apply_kept(&mut self, out: &mut Actions) {
+        for at in 0..self.peers.len() {
+            self.orphan_progress(at, out);
+            let inbox = &mut self.peers[at].inbox;
+            if inbox.kept.take().is_some() {
+                inbox.orphan = true;
+                inbox.apply_all = true;
+                // It may be ahead of the copies that hold what is stable: they get bits when all is applied.
+                self.peers[at].was_primary = true;
+                self.pump_inbox(at, out);
+                self.orphan_progress(at, out);
+            }
+        }
+    }
+
+    /// This copy goes on without a person's word: without what it kept for one.
+    pub(crate) fn drop_kept(&mut self, out: &mut Actions) {
+        for at in 0..self.peers.len() {
+            if self.peers[at].inbox.kept.is_some() {
+                self.drop_inbox(at, out);
+            }
+        }
     }
 
     /// Another primary's order begins: what was not stable in the one before may be missing anywhere (D7).

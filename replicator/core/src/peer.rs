@@ -175,6 +175,11 @@ pub(crate) struct Inbox {
     pub session: u64,
     /// That session ended; what may still be applied is, then the inbox is done with.
     pub orphan: bool,
+    /// What an asynchronous copy received and had not been told to be stable when the session ended stays in the queue for a
+    /// person who forces this copy. The epoch and generation it came in.
+    pub kept: Option<(Epoch, GenerationId)>,
+    /// Forced: the queue is applied beyond the stable position.
+    pub apply_all: bool,
     /// Not yet begun.
     pub queue: VecDeque<Received>,
     pub queued_bytes: u64,
@@ -194,6 +199,15 @@ pub(crate) struct Inbox {
 }
 
 impl Inbox {
+    /// Writes in the queue that are kept for a person who forces this copy.
+    pub fn kept_writes(&self) -> usize {
+        if self.kept.is_none() {
+            return 0;
+        }
+        let queue = self.queue.iter();
+        queue.filter(|r| matches!(r, Received::Apply(_))).count()
+    }
+
     /// All received positions up to here are on this copy's disk.
     pub fn applied_through(&self) -> Position {
         self.begun

@@ -380,7 +380,7 @@ impl Core {
             let whole = matches!(peer.relation, Relation::Established)
                 || peer.target.finishing
                 || peer.inbox.orphan;
-            let waits_for_stable = peer.their_mode == Mode::Async && whole;
+            let waits_for_stable = peer.their_mode == Mode::Async && whole && !peer.inbox.apply_all;
             match front {
                 Received::Apply(key) => {
                     let Some(Op::Apply(op)) = self.ops.get(key) else {
@@ -486,6 +486,7 @@ impl Core {
     /// An asynchronous copy applies only what every member of S has durably, so it is ahead of none of those.
     fn tracks(&self, at: usize) -> bool {
         self.peers[at].their_mode != Mode::Async
+            || self.peers[at].inbox.apply_all
             || self
                 .peers
                 .iter()

@@ -576,7 +576,6 @@ impl Core {
                 op.legs[slot.0 as usize] = Leg::Acked;
             }
         }
-        self.parked = false;
         if self.role == Role::Primary {
             self.peers[at].their_state = Some(CopyState::UpToDate);
             self.announce_in_sync(out);

@@ -163,6 +163,9 @@ impl Core {
             }
             return;
         }
+        if wanted.force {
+            self.apply_kept(out);
+        }
         // Everything received is applied first (an older primary's writes must not land later).
         if self.applying() || self.commit_pending() {
             return;
@@ -197,6 +200,7 @@ impl Core {
             Err(refusal) => refuse(self, refusal, out),
             Ok(promotion) => {
                 self.promotion_wanted = None;
+                self.drop_kept(out);
                 self.start_promotion(wanted.admin, &promotion, wanted.force, connected, out);
             }
         }
@@ -700,6 +704,30 @@ impl Core {
                     )
             })
             .fold(SlotSet::EMPTY, |set, p| set.with(p.slot))
+    }
+
+    /// Writes were parked, and every copy a completion needs gets them again: the lost one is back, or S is without it.
+    pub(crate) fn unpark(&mut self, out: &mut Actions) {
+        if !self.parked || self.role != Role::Primary || self.diskless.is_some() {
+            return;
+        }
+        let required = self.required().without(self.slot);
+        let all_there = required.iter().all(|slot| {
+            self.peer_index(slot).is_some_and(|at| {
+                matches!(
+                    self.peers[at].relation,
+                    Relation::Established | Relation::Joining { .. }
+                )
+            })
+        });
+        if all_there {
+            self.parked = false;
+            let text = format!(
+                "writes go on: in sync are {}",
+                words::copies(self.sb.in_sync)
+            );
+            self.notice(Level::Info, "unparked", None, text, out);
+        }
     }
 
     /// A completion needs a copy that lacks the write.

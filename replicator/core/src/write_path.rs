@@ -785,6 +785,7 @@ impl Core {
 
     /// Every operation of the application, by position order, looks again whether it may complete.
     pub(crate) fn check_all(&mut self, out: &mut Actions) {
+        self.unpark(out);
         let keys: Vec<u32> = self
             .window
             .iter()

@@ -546,3 +546,109 @@ fn d3_a_long_row_of_flushes_waits_behind_one_write() {
     all_ok(&mut w, 0, &flushes);
     same(&w, 0, 1);
 }
+
+/// An asynchronous copy holds what it received until that is stable everywhere. If everybody else is gone and a person forces it,
+/// it goes on with all it received, and its bits name what that may put it ahead by (D3, D7).
+#[test]
+fn a_forced_asynchronous_copy_has_everything_it_received() {
+    for seed in 0..40 {
+        let modes = [Mode::Sync, Mode::Sync, Mode::Async];
+        let sizes = [SIZE, SIZE / 2];
+        let mut w = World::new(seed, &modes, OnPeerLoss::Suspend, &sizes, true);
+        for n in 0..3 {
+            w.start(n);
+        }
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
+        w.promote(0, false).unwrap();
+        let writes: Vec<_> = (0..30)
+            .map(|i| w.write(0, i as u16 % 2, i * 512, vec![7; 512], false))
+            .collect();
+        w.until("all of it arrived", 20_000, |w| {
+            writes.iter().all(|r| w.status_of(0, *r).is_some())
+                && w.wires.values().all(|wire| wire.is_empty())
+        });
+        let held = |w: &World| {
+            (0..30)
+                .filter(|i| w.nodes[2].disk.data[i % 2][i * 512] == 7)
+                .count()
+        };
+        assert_eq!(held(&w), 0, "seed {seed}: applied before it was stable");
+        w.crash(0, true);
+        w.crash(1, true);
+        // A person who only asks gets a refusal, and nothing is lost by that.
+        w.promote(2, false).unwrap_err();
+        w.promote(2, true).unwrap();
+        assert_eq!(held(&w), 30, "seed {seed}");
+        let requests = load(&mut w, 2, 20);
+        w.start(0);
+        w.start(1);
+        all_ok(&mut w, 2, &requests);
+        w.until("everybody follows", 400_000, |w| w.settled(&[0, 1, 2]));
+        same(&w, 0, 2);
+        same(&w, 1, 2);
+    }
+}
+
+/// The same, but its primary comes back first: what it kept is the primary's to send again.
+#[test]
+fn what_an_asynchronous_copy_kept_is_given_up_when_its_primary_returns() {
+    for seed in 0..40 {
+        let modes = [Mode::Async, Mode::Async];
+        let sizes = [SIZE, SIZE / 2];
+        let mut w = World::new(seed, &modes, OnPeerLoss::Continue, &sizes, true);
+        w.start(0);
+        w.start(1);
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1]));
+        w.promote(0, true).unwrap();
+        for round in 0..4 {
+            let requests = load(&mut w, 0, 20);
+            if round % 2 == 0 {
+                w.drop_link(0, 1, "cut");
+            } else {
+                w.crash(0, true);
+                w.start(0);
+                w.until("primary again", 40_000, |w| w.settled(&[0, 1]));
+                w.promote(0, true).unwrap();
+                continue;
+            }
+            all_ok(&mut w, 0, &requests);
+            w.until("quiet", 400_000, |w| w.settled(&[0, 1]));
+        }
+        let requests = load(&mut w, 0, 20);
+        let flush = w.flush(0);
+        all_ok(&mut w, 0, &requests);
+        all_ok(&mut w, 0, &[flush]);
+        w.until("quiet", 400_000, |w| {
+            w.settled(&[0, 1])
+                && w.nodes[1].core.as_ref().unwrap().status(w.now).position
+                    == w.nodes[0].core.as_ref().unwrap().status(w.now).position
+        });
+        w.command(1, Command::Detach).unwrap();
+        same(&w, 0, 1);
+    }
+}
+
+/// Writes parked for a lost copy go on when it returns as a target, before it is whole, and the status says so.
+#[test]
+fn parked_ends_when_writes_complete_again() {
+    for seed in 0..20 {
+        let mut w = pair(seed, OnPeerLoss::Suspend);
+        w.promote(0, false).unwrap();
+        let requests = load(&mut w, 0, 20);
+        all_ok(&mut w, 0, &requests);
+        w.crash(1, true);
+        let write = w.write(0, 0, 0, vec![9; 512], false);
+        let parked = |w: &World| w.nodes[0].core.as_ref().unwrap().status(w.now).parked;
+        w.until("parked", 1000, parked);
+        assert_eq!(w.status_of(0, write), None);
+        w.start(1);
+        w.until("the write completes", 100_000, |w| {
+            w.status_of(0, write).is_some()
+        });
+        assert!(!parked(&w), "seed {seed}: writes complete and are parked");
+        let told = |kind: &str| w.nodes[0].notices.iter().filter(|n| n.kind == kind).count();
+        assert_eq!((told("parked"), told("unparked")), (1, 1));
+        in_sync_again(&mut w, &[0, 1]);
+        same(&w, 0, 1);
+    }
+}
