@@ -54,7 +54,7 @@ fn outcome(outcome: &Outcome, names: Names<'_>) -> String {
                     names(surplus.holder),
                     surplus.after,
                     surplus.generation,
-                    if surplus.acknowledged { "may have been acknowledged and is saved first" } else { "was never acknowledged" }
+                    if surplus.acknowledged { "may have been acknowledged, and whoever let the other copy go on accepted its loss; until this copy is whole, its undo log still holds what was overwritten" } else { "was never acknowledged" }
                 );
             }
             text

@@ -186,7 +186,7 @@ pub struct Surplus {
     pub until: Position,
     /// Blocks and bytes that may hold them: an upper bound. `None` when the holder has no list.
     pub blocks: Option<(u64, u64)>,
-    /// They may have been acknowledged to the application: they are saved before they are overwritten.
+    /// They may have been acknowledged to the application. The undo log holds what is overwritten until the target is whole.
     pub acknowledged: bool,
 }
 

@@ -638,7 +638,7 @@ impl<'a> Meeting<'a> {
                 );
                 if consented {
                     let why = format!(
-                        "{what}; whoever let slot {} go on accepted their loss. They are saved first",
+                        "{what}; whoever let slot {} go on accepted their loss",
                         child.maker
                     );
                     self.copy(Row::R15, x, y, how, Some(s), why)

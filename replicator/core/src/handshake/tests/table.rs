@@ -552,7 +552,7 @@ fn row_14_a_generation_that_was_never_committed_yields_to_the_owner() {
 }
 
 #[test]
-fn row_15_acknowledged_surplus_is_saved_or_asked_about() {
+fn row_15_acknowledged_surplus_is_listed_or_asked_about() {
     let (mut a, mut b) = pair();
     for f in [&mut a, &mut b] {
         f.mode = Mode::Async;
