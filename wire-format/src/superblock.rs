@@ -1,6 +1,6 @@
 //! The bytes of a superblock: 4096, two slots, the newer whole one counts (D16).
 //!
-//! This file is the description of the layout.
+//! The table of the layout is in `docs/metadata.md`, compared with this file by a test.
 
 use crate::bytes::{Fault, Reader, Writer};
 use crate::ids::*;

@@ -90,10 +90,18 @@ fn an_unknown_feature_that_forbids_nothing_is_kept() {
     }
 }
 
-/// Runs two copies of which 1 speaks otherwise: its hellos are changed on their way. Returns the version of each
-/// other frame seen.
-fn meet(w: &mut World, steps: usize, change: impl Fn(&mut Hello)) -> Vec<u8> {
-    let mut versions = Vec::new();
+/// What was on the wires.
+#[derive(Default)]
+struct Seen {
+    /// Of each frame but hellos and goodbyes.
+    versions: Vec<u8>,
+    /// Said by the cores themselves; this world says them for any link that is closed, without an incarnation.
+    goodbyes: Vec<String>,
+}
+
+/// Runs two copies of which 1 speaks otherwise: its hellos are changed on their way.
+fn meet(w: &mut World, steps: usize, change: impl Fn(&mut Hello)) -> Seen {
+    let mut wires = Seen::default();
     w.start(0);
     w.start(1);
     let mut seen = (0, 0);
@@ -113,17 +121,25 @@ fn meet(w: &mut World, steps: usize, change: impl Fn(&mut Hello)) -> Vec<u8> {
                         seen.0 += 1;
                         assert_eq!(decoded.version, WIRE_VERSION_MIN);
                     }
-                    (FrameKind::Hello | FrameKind::Goodbye, _) => {
+                    (FrameKind::Hello, _) => {
                         seen.1 += 1;
                         assert_eq!(decoded.version, WIRE_VERSION_MIN);
                     }
-                    _ => versions.push(decoded.version),
+                    (FrameKind::Goodbye, _) => {
+                        assert_eq!(decoded.version, WIRE_VERSION_MIN);
+                        if let Ok(Body::Goodbye { text, .. }) = decode_body(decoded.kind, bytes)
+                            && decoded.incarnation != Incarnation(0)
+                        {
+                            wires.goodbyes.push(text);
+                        }
+                    }
+                    _ => wires.versions.push(decoded.version),
                 }
             }
         }
     }
     assert!(seen.0 > 0 && seen.1 > 0, "both said hello");
-    versions
+    wires
 }
 
 fn refused(w: &World, n: usize, parts: &[&str]) {
@@ -153,26 +169,28 @@ fn refused(w: &World, n: usize, parts: &[&str]) {
 #[test]
 fn a_peer_with_newer_versions_beside_a_common_one_is_talked_to_in_that_one() {
     let mut w = pair();
-    let versions = meet(&mut w, 400, |hello| {
+    let seen = meet(&mut w, 400, |hello| {
         hello.version_max = WIRE_VERSION + 7;
         // It has more than we know of, and can do without.
         hello.features_supported |= UNKNOWN;
     });
     assert!(w.settled(&[0, 1]), "they work together");
-    assert!(!versions.is_empty() && versions.iter().all(|v| *v == WIRE_VERSION));
+    assert!(!seen.versions.is_empty() && seen.versions.iter().all(|v| *v == WIRE_VERSION));
+    assert!(seen.goodbyes.is_empty());
 }
 
 #[test]
 fn a_peer_too_new_is_refused_and_both_say_why() {
     let mut w = pair_that_was_in_sync();
-    let versions = meet(&mut w, 400, |hello| {
+    let seen = meet(&mut w, 400, |hello| {
         hello.version_min = WIRE_VERSION + 1;
         hello.version_max = WIRE_VERSION + 2;
     });
     assert!(
-        versions.iter().all(|v| *v == WIRE_VERSION_MIN),
+        seen.versions.iter().all(|v| *v == WIRE_VERSION_MIN),
         "nothing newer than the oldest was sent"
     );
+    assert!(seen.goodbyes[0].contains("wire versions 2 to 3"));
     let words = [
         "wire versions 2 to 3",
         "both copies are as they were",
@@ -185,10 +203,11 @@ fn a_peer_too_new_is_refused_and_both_say_why() {
 #[test]
 fn a_peer_that_requires_an_unknown_feature_is_refused_and_both_say_why() {
     let mut w = pair_that_was_in_sync();
-    meet(&mut w, 400, |hello| {
+    let seen = meet(&mut w, 400, |hello| {
         hello.features_required = UNKNOWN;
         hello.features_supported = UNKNOWN;
     });
+    assert!(seen.goodbyes[0].contains("requires features"));
     let words = ["requires features", "0x8000000000000000", "upgrade"];
     refused(&w, 0, &words);
     refused(&w, 1, &words);

@@ -108,11 +108,7 @@ async fn first_words<H: LinkHandler>(
     let Message::Hello { newest, oldest, .. } = &message else {
         return Err("it did not begin with hello".into());
     };
-    if *newest < OLDEST || *oldest > VERSION {
-        return Err(format!(
-            "it speaks link versions {oldest} to {newest}, this node {OLDEST} to {VERSION}: upgrade the older of the two"
-        ));
-    }
+    control::common_version(*oldest, *newest)?;
     if let Some(reply) = heed(context, peer, connection, message).await {
         control::send(&mut send, &reply).await.map_err(why)?;
     }

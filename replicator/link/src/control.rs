@@ -32,6 +32,20 @@ pub(crate) enum Message {
     Wanted { service: HexId },
 }
 
+/// The newest version that both sides speak. Both send their range first, so both find the same.
+///
+/// # Errors
+/// None: the sentence follows the other node's name.
+pub(crate) fn common_version(oldest: u32, newest: u32) -> Result<u32, String> {
+    let version = newest.min(VERSION);
+    if version < OLDEST || version < oldest {
+        return Err(format!(
+            "it speaks link versions {oldest} to {newest}, this node {OLDEST} to {VERSION}: upgrade the older of the two"
+        ));
+    }
+    Ok(version)
+}
+
 pub(crate) async fn send(stream: &mut SendStream, message: &Message) -> Result<(), String> {
     let body = serde_json::to_vec(message).expect("plain values");
     let length = u32::try_from(body.len()).expect("messages are short");
@@ -116,4 +130,37 @@ pub(crate) async fn answer(send: &mut SendStream, answer: Result<(), &str>) -> R
     send.write_all(&[&length.to_be_bytes(), reason.as_bytes()].concat())
         .await
         .map_err(|e| e.to_string())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn nodes_agree_on_the_newest_version_both_speak_or_say_why_not() {
+        assert_eq!(common_version(1, 1), Ok(1));
+        assert_eq!(common_version(1, 9), Ok(VERSION));
+        for (oldest, newest) in [(VERSION + 1, VERSION + 2), (0, OLDEST - 1), (2, 1)] {
+            let error = common_version(oldest, newest).unwrap_err();
+            let range = format!("versions {oldest} to {newest}");
+            assert!(
+                error.contains(&range) && error.contains("upgrade"),
+                "{error}"
+            );
+        }
+    }
+
+    #[test]
+    fn a_newer_node_may_say_more_in_its_hello() {
+        let words = r#"{"Hello":{"newest":2,"oldest":1,"fingerprints":[],"added_later":[1,2]}}"#;
+        let message = serde_json::from_str::<Message>(words).unwrap();
+        assert!(matches!(
+            message,
+            Message::Hello {
+                newest: 2,
+                oldest: 1,
+                ..
+            }
+        ));
+    }
 }
