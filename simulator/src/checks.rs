@@ -33,6 +33,15 @@ impl World {
         {
             return;
         }
+        // Two copies rely on their marks if they would go by them should they meet now; where they would take
+        // everything, or nothing, from each other, no difference can be overlooked.
+        let Some((row, by_marks)) = core_a.next_meeting(core_b) else {
+            return;
+        };
+        self.coverage.count("D7 checked at", &format!("{row:?}"));
+        if !by_marks {
+            return;
+        }
         self.coverage.count("checks", "D7");
         for volume in 0..self.plan.volumes.len() {
             let (x, y) = (
@@ -51,10 +60,12 @@ impl World {
                 }
                 let offset = sector as u64 * SECTOR;
                 let known = core_a.may_differ(Slot(b as u8), index, offset, SECTOR)
-                    || core_b.may_differ(Slot(a as u8), index, offset, SECTOR);
+                    || core_b.may_differ(Slot(a as u8), index, offset, SECTOR)
+                    || core_a.undo_names(index, offset, SECTOR)
+                    || core_b.undo_names(index, offset, SECTOR);
                 if !known {
                     let text = format!(
-                        "D7: nodes {a} ({:?} {:?} {}) and {b} ({:?} {:?} {}) hold {} and {} in volume {volume} sector {sector}, and neither knows",
+                        "D7: nodes {a} ({:?} {:?} {}) and {b} ({:?} {:?} {}) hold {} and {} in volume {volume} sector {sector}, and neither knows, though row {} goes by marks",
                         pa.role,
                         pa.state,
                         self.relation(a, b),
@@ -62,7 +73,8 @@ impl World {
                         pb.state,
                         self.relation(b, a),
                         x[sector],
-                        y[sector]
+                        y[sector],
+                        row.number()
                     );
                     return self.fail(text);
                 }

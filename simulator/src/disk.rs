@@ -93,6 +93,12 @@ impl Disk {
         &self.volumes[volume].cache
     }
 
+    /// What reads of all volumes see.
+    #[must_use]
+    pub fn all(&self) -> Vec<Vec<u64>> {
+        self.volumes.iter().map(|v| v.cache.clone()).collect()
+    }
+
     /// Fills every sector with values that no write of the run has: an unknown disk.
     pub fn scribble(&mut self, value: u64) {
         for volume in &mut self.volumes {

@@ -8,10 +8,11 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str =
     "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--without KIND,KIND]
-       simulator --seed S [--no-shrink] [--everything] [--without KIND,KIND]
+       simulator --seed S [--no-shrink] [--everything] [--repeat] [--without KIND,KIND]
 
 Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 if a seed fails.
 --seed S      replays one seed, makes its schedule smaller and prints the timeline
+--repeat      runs the seed twice and says where the two runs part, if they do
 --copies N    only seeds with so many copies
 --without     leaves faults of these kinds out (names as in the report, spaces as '-')";
 
@@ -22,6 +23,7 @@ struct Arguments {
     json: bool,
     shrink: bool,
     everything: bool,
+    repeat: bool,
     threads: usize,
     without: Vec<String>,
     copies: Option<u64>,
@@ -35,6 +37,7 @@ fn arguments() -> Result<Arguments, String> {
         json: false,
         shrink: true,
         everything: false,
+        repeat: false,
         threads: std::thread::available_parallelism()
             .map_or(2, |n| n.get())
             .min(2),
@@ -57,6 +60,7 @@ fn arguments() -> Result<Arguments, String> {
             "--copies" => a.copies = Some(number()?),
             "--json" => a.json = true,
             "--no-shrink" => a.shrink = false,
+            "--repeat" => a.repeat = true,
             "--everything" => a.everything = true,
             "--without" => {
                 let list = words.next().ok_or("--without needs a list")?;
@@ -85,9 +89,27 @@ fn main() -> ExitCode {
         }
     };
     match arguments.one {
+        Some(seed) if arguments.repeat => repeat(seed, &arguments),
         Some(seed) => one(seed, &arguments),
         None => many(&arguments),
     }
+}
+
+/// Runs a seed twice: both must do the same to the last byte.
+fn repeat(seed: u64, arguments: &Arguments) -> ExitCode {
+    let plan = plan_of(seed, &arguments.without);
+    let [a, b] = [(); 2].map(|()| run(&plan, Trace::Everything).trace);
+    if a == b {
+        println!("seed {seed}: two runs, {} lines, the same", a.lines().count());
+        return ExitCode::SUCCESS;
+    }
+    let parts = a.lines().zip(b.lines()).position(|(x, y)| x != y);
+    println!("seed {seed}: the runs part at line {parts:?}:");
+    for text in [&a, &b] {
+        let line = parts.and_then(|at| text.lines().nth(at));
+        println!("{}", line.unwrap_or("(nothing more)"));
+    }
+    ExitCode::FAILURE
 }
 
 fn one(seed: u64, arguments: &Arguments) -> ExitCode {

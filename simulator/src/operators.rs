@@ -5,7 +5,7 @@ use crate::plan::{FaultKind, MS};
 use crate::world::{Happening, World};
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::ids::*;
-use holdfast_wire_format::metadata::{CopyState, OnPeerLoss};
+use holdfast_wire_format::metadata::{CopyState, Mode, OnPeerLoss};
 
 /// What they remember.
 #[derive(Debug, Default)]
@@ -17,6 +17,9 @@ pub(crate) struct Operators {
     /// A person had to force something after the faults.
     pub forced_at_end: bool,
     quiet_since: Option<u64>,
+    /// How often a person forced something in the end, and how often one came to a copy that stays apart.
+    forced: usize,
+    visits: [usize; 8],
 }
 
 /// Virtual time after which a world without faults must have come to rest.
@@ -199,6 +202,9 @@ impl World {
         n.disk = Disk::new(&self.plan.volumes);
         n.disk.scribble(u64::MAX);
         self.create_disk(node, false);
+        self.nodes[node].may_be_blank = true;
+        self.nodes[node].last_state = (255, 255);
+        self.oracle.given_up(node);
         self.coverage.count("faults", "disk replaced");
     }
 
@@ -270,7 +276,12 @@ impl World {
                     )
                 })
             };
-            candidates.into_iter().max_by_key(|n| rank(*n)).unwrap_or(0)
+            // What was refused before is refused again: then the next best one.
+            let mut best = candidates;
+            best.sort_by_key(|n| std::cmp::Reverse(rank(*n)));
+            let node = best[self.operators.forced % best.len()];
+            self.operators.forced += 1;
+            node
         } else {
             candidates[self.rng.index(candidates.len())]
         };
@@ -371,8 +382,10 @@ impl World {
             }
             let relation = self.relation(node, keep);
             if relation == "established" {
+                self.operators.visits[node] = 0;
                 continue;
             }
+            self.operators.visits[node] += 1;
             if self.undo_full(node) {
                 // The person gives up the undo: another setting, and the process anew.
                 self.kill(node);
@@ -381,6 +394,10 @@ impl World {
             }
             if self.nodes[node].role == Role::Primary {
                 self.order(node, "demote", Command::Demote);
+            } else if self.is_unrelated(node, keep) || self.operators.visits[node] > 4 {
+                // Nothing in common, or nothing that time would bring together: one of them takes all of the other.
+                self.order(node, "invalidate", Command::Invalidate);
+                self.order(node, "connect", Command::Connect { peer: None });
             } else if matches!(relation, "refused" | "down") {
                 self.order(node, "connect", Command::Connect { peer: None });
                 self.order(
@@ -390,6 +407,16 @@ impl World {
                 );
             }
         }
+    }
+
+    fn is_unrelated(&self, node: usize, other: usize) -> bool {
+        self.nodes[node].core.as_ref().is_some_and(|c| {
+            let status = c.status(self.local(node));
+            status
+                .peers
+                .iter()
+                .any(|p| p.slot.0 as usize == other && p.handshake.starts_with("Row 17"))
+        })
     }
 
     fn undo_full(&self, node: usize) -> bool {
@@ -428,7 +455,20 @@ impl World {
         for node in 1..self.nodes.len() {
             self.oracle.seen_equal(0, node);
         }
-        self.oracle.forked = false;
+        if !self.oracle.forked {
+            return;
+        }
+        let Some(primary) = (0..self.nodes.len()).find(|n| self.nodes[*n].role == Role::Primary)
+        else {
+            return;
+        };
+        let Some(core) = &self.nodes[primary].core else {
+            return;
+        };
+        let probe = core.probe();
+        let view = self.nodes[primary].disk.all();
+        let set = probe.in_sync.union(probe.required);
+        self.oracle.joined(self.now, primary, set, view);
     }
 
     /// One primary, and every other copy stands established with it and is whole.
@@ -450,7 +490,7 @@ impl World {
             let probe = core.probe();
             n == primary
                 || (matches!(probe.state, CopyState::UpToDate | CopyState::Complete)
-                    && (self.plan.modes[n] == holdfast_wire_format::metadata::Mode::Async
+                    && (self.plan.pair_mode(n, primary) == Mode::Async
                         || probe.state == CopyState::UpToDate)
                     && self.relation(n, primary) == "established"
                     && self.relation(primary, n) == "established")
@@ -458,7 +498,7 @@ impl World {
     }
 
     pub(crate) fn order_answered(&mut self, node: usize, what: &'static str, result: &AdminResult) {
-        if what == "invalidate" && result.is_ok() {
+        if matches!(what, "invalidate" | "resolve") && result.is_ok() {
             self.nodes[node].restored = false;
         }
     }

@@ -73,8 +73,12 @@ pub struct Oracle {
     /// The same at each such moment, with what was lost then.
     losses: Vec<Loss>,
     settled_set: SlotSet,
-    /// A person forced something and the copies were not seen equal since.
+    /// A person forced something, or destroyed the only copy of something, and the copies were not seen equal since.
     pub forked: bool,
+    /// The copies that had everything when the newest primary was last seen.
+    holders: SlotSet,
+    /// Copies whose data a person gave up, until they were filled again.
+    destroyed: SlotSet,
     positions: BTreeMap<(u64, u64), (u64, u64)>,
     pub checked_promotions: u64,
     pub checked_reads: u64,
@@ -101,6 +105,8 @@ impl Oracle {
             losses: Vec::new(),
             settled_set: SlotSet::EMPTY,
             forked: false,
+            holders: SlotSet::EMPTY,
+            destroyed: SlotSet::EMPTY,
             positions: BTreeMap::new(),
             checked_promotions: 0,
             checked_reads: 0,
@@ -607,6 +613,68 @@ impl Oracle {
             }
         }
         Ok(())
+    }
+
+    /// The copies that must have everything, as the primary whose writes count has it: those whose
+    /// acknowledgement it waits for, and those it would leave to go on without it.
+    pub fn held_by(&mut self, node: usize, set: SlotSet) {
+        if self.current_node() == Some(node) {
+            self.holders = set;
+        }
+    }
+
+    /// A person gave up what this copy holds: its disk was replaced, or it was told to take another's data. What no
+    /// other copy has to have is gone, and nobody broke a promise.
+    pub fn given_up(&mut self, node: usize) {
+        self.destroyed = self.destroyed.with(Slot(node as u8));
+        if self.tenures.is_empty() {
+            return;
+        }
+        if self.holders.iter().all(|s| self.destroyed.contains(s)) {
+            self.forked = true;
+        }
+    }
+
+    /// The copy is whole again.
+    pub fn filled_again(&mut self, node: usize) {
+        self.destroyed = self.destroyed.without(Slot(node as u8));
+    }
+
+    /// After a fork all copies are equal again, beside the primary `node`: whichever branch it is, its writes count
+    /// from here on, and everything reads as it does now or as what is in flight there will leave it.
+    pub fn joined(&mut self, now: u64, node: usize, set: SlotSet, view: Vec<Vec<u64>>) {
+        if !std::mem::take(&mut self.forked) {
+            return;
+        }
+        let Some(tenure) = self.tenure_of(node) else {
+            return;
+        };
+        for (at, other) in self.tenures.iter_mut().enumerate() {
+            other.official = at == tenure;
+        }
+        self.rebase(now, set, view);
+        self.settled_set = set;
+        self.holders = set;
+        for (id, write) in self.writes.iter().enumerate() {
+            if write.tenure != tenure || write.ended.is_some() {
+                continue;
+            }
+            for sector in write.first..write.first + write.count {
+                let entry = Entry {
+                    write: id as WriteId,
+                    settled: None,
+                    seen: None,
+                };
+                self.history[write.volume]
+                    .entry(sector)
+                    .or_default()
+                    .push(entry);
+                let all = self.all[write.volume].entry(sector).or_default();
+                if !all.contains(&(id as WriteId)) {
+                    all.push(id as WriteId);
+                }
+            }
+        }
     }
 
     /// The node lost what only its memory (semi-sync) or its disk's cache held.

@@ -304,6 +304,16 @@ impl Plan {
         plan
     }
 
+    /// How writes go from one copy to another: asynchronously if either end is the asynchronous copy.
+    #[must_use]
+    pub fn pair_mode(&self, a: usize, b: usize) -> Mode {
+        if self.modes[a] == Mode::Async || self.modes[b] == Mode::Async {
+            Mode::Async
+        } else {
+            self.modes[b]
+        }
+    }
+
     fn fault(&self, rng: &mut Rng, taste: u64) -> FaultKind {
         let node = rng.index(self.copies);
         let other = (node + 1 + rng.index(self.copies - 1)) % self.copies;

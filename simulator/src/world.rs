@@ -10,6 +10,7 @@ use holdfast_replicator_core::Core;
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::frame::{Body, FrameHeader};
 use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::CopyState;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
 use std::rc::Rc;
@@ -124,6 +125,8 @@ pub(crate) struct Node {
     pub broken_disk: bool,
     /// Runs on a disk that was restored from an old image and has not met the others since.
     pub restored: bool,
+    /// A person told it to give up its data, or gave it a new disk; until it holds data again.
+    pub may_be_blank: bool,
     pub role: Role,
     pub suspended_by_operator: bool,
     pub admin: BTreeMap<u64, &'static str>,
@@ -193,6 +196,7 @@ impl World {
                 fail_next: 0,
                 broken_disk: false,
                 restored: false,
+                may_be_blank: true,
                 role: Role::Secondary,
                 suspended_by_operator: false,
                 admin: BTreeMap::new(),
@@ -351,19 +355,12 @@ impl World {
     // --- processes ---
 
     pub(crate) fn peer_parameters(&self, n: usize) -> Vec<PeerParameters> {
-        use holdfast_wire_format::metadata::Mode;
-        let modes = &self.plan.modes;
-        (0..modes.len())
+        (0..self.plan.modes.len())
             .filter(|m| *m != n)
             .map(|m| PeerParameters {
                 slot: Slot(m as u8),
                 node: node_id(m),
-                // A pair is asynchronous if either end is the asynchronous copy.
-                mode: if modes[m] == Mode::Async || modes[n] == Mode::Async {
-                    Mode::Async
-                } else {
-                    modes[m]
-                },
+                mode: self.plan.pair_mode(n, m),
             })
             .collect()
     }
@@ -562,6 +559,25 @@ impl World {
         }
         if probe.failed {
             self.nodes[node].broken_disk = true;
+        }
+        if probe.role == Role::Primary {
+            self.oracle
+                .held_by(node, probe.in_sync.union(probe.required));
+        }
+        if matches!(probe.state, CopyState::UpToDate | CopyState::Complete) {
+            self.oracle.filled_again(node);
+        }
+        let before = self.nodes[node].last_state.0;
+        // (One that never got further than its `create` may have said so before that was durable.)
+        if probe.state == CopyState::Blank && before != 255 && !probe.zeroed {
+            if !self.nodes[node].may_be_blank {
+                return self.fail(format!("node {node} gave up its data and nobody told it to"));
+            }
+            if before != CopyState::Blank as u8 {
+                self.oracle.given_up(node);
+            }
+        } else if probe.state != CopyState::Blank && self.nodes[node].admin.is_empty() {
+            self.nodes[node].may_be_blank = false;
         }
         let state = (probe.state as u8, probe.role as u8);
         if state != self.nodes[node].last_state {
@@ -819,6 +835,9 @@ impl World {
         self.nodes[node].admin.insert(admin, what);
         let admin = AdminId(admin);
         self.log(|| format!("operator: {what} at node {node}"));
+        if matches!(command, Command::Invalidate | Command::ResolveSplitBrain { .. }) {
+            self.nodes[node].may_be_blank = true;
+        }
         self.event(node, Event::Admin { admin, command });
     }
 
@@ -832,9 +851,7 @@ impl World {
             return;
         };
         let probe = core.probe();
-        let view = (0..self.plan.volumes.len())
-            .map(|v| self.nodes[node].disk.view(v).to_vec())
-            .collect();
+        let view = self.nodes[node].disk.all();
         let forced = probe.forced || self.nodes[node].restored;
         let result =
             self.oracle
