@@ -46,6 +46,8 @@ pub enum Trace {
 thread_local! {
     /// Where the run of this thread reports to, should its core panic.
     static REPORT: RefCell<Option<Sender<Outcome>>> = const { RefCell::new(None) };
+    /// The timeline of the run of this thread: also told if its core panics.
+    static TRACE: RefCell<String> = const { RefCell::new(String::new()) };
 }
 
 /// A release build aborts after a panic, so nothing can be caught: the hook reports the run and stops its thread
@@ -71,7 +73,7 @@ fn report_panics() {
                     seeds: 1,
                     ..Coverage::default()
                 },
-                trace: String::new(),
+                trace: TRACE.take(),
             });
             loop {
                 std::thread::park();
@@ -99,7 +101,7 @@ pub fn run(plan: &Plan, trace: Trace) -> Outcome {
         let _ = sender.send(Outcome {
             failure,
             coverage,
-            trace: world.trace.take().unwrap_or_default(),
+            trace: TRACE.take(),
         });
     });
     receiver.recv().unwrap_or_else(|_| Outcome {

@@ -100,7 +100,10 @@ fn repeat(seed: u64, arguments: &Arguments) -> ExitCode {
     let plan = plan_of(seed, &arguments.without);
     let [a, b] = [(); 2].map(|()| run(&plan, Trace::Everything).trace);
     if a == b {
-        println!("seed {seed}: two runs, {} lines, the same", a.lines().count());
+        println!(
+            "seed {seed}: two runs, {} lines, the same",
+            a.lines().count()
+        );
         return ExitCode::SUCCESS;
     }
     let parts = a.lines().zip(b.lines()).position(|(x, y)| x != y);

@@ -127,6 +127,7 @@ pub(crate) struct Node {
     pub restored: bool,
     /// A person told it to give up its data, or gave it a new disk; until it holds data again.
     pub may_be_blank: bool,
+    pub failed_once: bool,
     pub role: Role,
     pub suspended_by_operator: bool,
     pub admin: BTreeMap<u64, &'static str>,
@@ -150,7 +151,7 @@ pub struct World {
     pub(crate) operators: crate::operators::Operators,
     pub(crate) coverage: Coverage,
     pub(crate) failure: Option<String>,
-    pub(crate) trace: Option<String>,
+    pub(crate) tracing: bool,
     pub(crate) trace_all: bool,
     next_key: u64,
     next_admin: u64,
@@ -197,6 +198,7 @@ impl World {
                 broken_disk: false,
                 restored: false,
                 may_be_blank: true,
+                failed_once: false,
                 role: Role::Secondary,
                 suspended_by_operator: false,
                 admin: BTreeMap::new(),
@@ -218,7 +220,7 @@ impl World {
             operators: crate::operators::Operators::default(),
             coverage: Coverage::default(),
             failure: None,
-            trace: None,
+            tracing: false,
             trace_all: false,
             next_key: 0,
             next_admin: 1,
@@ -248,7 +250,7 @@ impl World {
 
     /// Keeps a readable timeline of what happens.
     pub fn keep_trace(&mut self, everything: bool) {
-        self.trace = Some(String::new());
+        self.tracing = true;
         self.trace_all = everything;
     }
 
@@ -281,10 +283,9 @@ impl World {
     }
 
     pub(crate) fn log(&mut self, line: impl FnOnce() -> String) {
-        if let Some(trace) = &mut self.trace {
-            trace.push_str(&format!("{:>12.3}ms ", self.now as f64 / 1e6));
-            trace.push_str(&line());
-            trace.push('\n');
+        if self.tracing {
+            let line = format!("{:>12.3}ms {}\n", self.now as f64 / 1e6, line());
+            crate::TRACE.with_borrow_mut(|trace| trace.push_str(&line));
         }
     }
 
@@ -559,6 +560,7 @@ impl World {
         }
         if probe.failed {
             self.nodes[node].broken_disk = true;
+            self.nodes[node].failed_once = true;
         }
         if probe.role == Role::Primary {
             self.oracle
@@ -568,10 +570,12 @@ impl World {
             self.oracle.filled_again(node);
         }
         let before = self.nodes[node].last_state.0;
-        // (One that never got further than its `create` may have said so before that was durable.)
+        // (What a failed disk did not take down never was: it may have been blank all the time.)
         if probe.state == CopyState::Blank && before != 255 && !probe.zeroed {
-            if !self.nodes[node].may_be_blank {
-                return self.fail(format!("node {node} gave up its data and nobody told it to"));
+            if !self.nodes[node].may_be_blank && !self.nodes[node].failed_once {
+                return self.fail(format!(
+                    "node {node} gave up its data and nobody told it to"
+                ));
             }
             if before != CopyState::Blank as u8 {
                 self.oracle.given_up(node);
@@ -835,7 +839,10 @@ impl World {
         self.nodes[node].admin.insert(admin, what);
         let admin = AdminId(admin);
         self.log(|| format!("operator: {what} at node {node}"));
-        if matches!(command, Command::Invalidate | Command::ResolveSplitBrain { .. }) {
+        if matches!(
+            command,
+            Command::Invalidate | Command::ResolveSplitBrain { .. }
+        ) {
             self.nodes[node].may_be_blank = true;
         }
         self.event(node, Event::Admin { admin, command });

@@ -68,6 +68,9 @@ fn a_run_does_not_depend_on_being_watched() {
         let alone = run(&plan, Trace::Off);
         assert_eq!(watched.failure, alone.failure, "seed {seed}");
         assert_eq!(watched.coverage.steps, alone.coverage.steps, "seed {seed}");
-        assert_eq!(watched.coverage.frames, alone.coverage.frames, "seed {seed}");
+        assert_eq!(
+            watched.coverage.frames, alone.coverage.frames,
+            "seed {seed}"
+        );
     }
 }

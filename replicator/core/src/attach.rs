@@ -397,7 +397,9 @@ impl Core {
                         }
                     }
                 }
-                if every_block_counts {
+                // A full copy marks everything in memory, and durably only that it is one: how far it came is known
+                // only if this copy stopped in order.
+                if every_block_counts || sb.peers[peer.record].full_copy {
                     for bitmap in &mut peer.bitmaps {
                         bitmap.set_all();
                     }
@@ -533,6 +535,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         their_attach_counter: 0,
         their_generations: Vec::new(),
         their_generations_cut: false,
+        told_generation: GenerationId(0),
         is_primary: false,
         was_primary: false,
         flushed: 0,

@@ -95,6 +95,7 @@ impl Core {
             ..Inbox::default()
         };
         let facts = self.facts(at);
+        self.peers[at].told_generation = self.generation();
         let hello = Hello::new(self.sb.node, self.slot, self.sb.service, facts.clone());
         if let Relation::Greeting { sent, .. } = &mut self.peers[at].relation {
             *sent = Some(Box::new(facts));
@@ -422,6 +423,9 @@ impl Core {
         let follows_third = self.follows_third(at);
         if self.peers[at].dirty_bits() > 0 && !follows_third {
             return self.meet_again(at, "writes came during the greeting", out);
+        }
+        if self.is_primary_like() && self.peers[at].told_generation != self.generation() {
+            return self.meet_again(at, "a generation began during the greeting", out);
         }
         self.peers[at].relation = Relation::Established;
         self.remember_identity(at);
@@ -753,6 +757,10 @@ impl Core {
             started: self.now,
             ..SourceState::default()
         };
+        // What began since our facts were told was announced to those that took frames then.
+        if self.is_primary_like() && !self.generation_committing {
+            self.tell_generations(at, out);
+        }
         self.announce_in_sync(out);
         let text = format!("copying {total} bytes to copy {}", slot.0);
         self.notice(Level::Info, "resync-source", Some(slot), text, out);

@@ -241,6 +241,8 @@ pub(crate) struct Peer {
     /// Its history as it said, and what it added since.
     pub their_generations: Vec<Generation>,
     pub their_generations_cut: bool,
+    /// The newest generation of ours that it was told in this session, with our facts or later.
+    pub told_generation: GenerationId,
     pub is_primary: bool,
     /// It was primary when its session ended and what it sent is still being applied.
     pub was_primary: bool,

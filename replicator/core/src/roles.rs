@@ -336,9 +336,7 @@ impl Core {
         if let Some(promotion) = &mut self.promotion {
             promotion.durable = true;
         }
-        if let Some(generation) = self.sb.generations.last().copied() {
-            self.announce_generation(generation, out);
-        }
+        self.announce_generations(out);
         self.promotion_known(out);
     }
 
@@ -393,6 +391,10 @@ impl Core {
                 // A former leader's `InSync` never reached it.
                 self.tell_in_sync(at, out);
             }
+        }
+        if self.detaching.is_some() {
+            // Told to stop when the promotion could not be taken back any more.
+            return self.demote(None, out);
         }
         self.greet_waiting(out);
     }
@@ -545,8 +547,8 @@ impl Core {
 
     // --- generations ---
 
-    /// Tells a new generation to every copy that takes frames; nothing completes before they hold it (D10).
-    pub(crate) fn announce_generation(&mut self, generation: Generation, out: &mut Actions) {
+    /// Tells new generations to every copy that takes frames; nothing completes before they hold them (D10).
+    pub(crate) fn announce_generations(&mut self, out: &mut Actions) {
         for at in 0..self.peers.len() {
             let takes_frames = matches!(
                 self.peers[at].relation,
@@ -556,16 +558,29 @@ impl Core {
                     | Relation::SourceStarting
             );
             if takes_frames {
-                self.generation_unknown_to = self.generation_unknown_to.with(self.peers[at].slot);
-                let mut header = self.header(FrameKind::NewGeneration);
-                header.position = self.sb.generation_base;
-                self.send(
-                    at,
-                    header,
-                    Payload::Body(Body::NewGeneration { generation }),
-                    out,
-                );
+                self.tell_generations(at, out);
             }
+        }
+    }
+
+    /// Every generation that this copy was not told, in order: two may have become durable together.
+    pub(crate) fn tell_generations(&mut self, at: usize, out: &mut Actions) {
+        let told = self.peers[at].told_generation;
+        let generations = &self.sb.generations;
+        let from = generations.iter().position(|g| g.id == told);
+        let from = from.map_or(generations.len().saturating_sub(1), |at| at + 1);
+        let untold: Vec<Generation> = generations[from..].to_vec();
+        for generation in untold {
+            self.generation_unknown_to = self.generation_unknown_to.with(self.peers[at].slot);
+            self.peers[at].told_generation = generation.id;
+            let mut header = self.header(FrameKind::NewGeneration);
+            header.position = self.sb.generation_base;
+            self.send(
+                at,
+                header,
+                Payload::Body(Body::NewGeneration { generation }),
+                out,
+            );
         }
     }
 
@@ -604,12 +619,25 @@ impl Core {
             peer.is_primary = other == at;
         }
         let peer = &mut self.peers[at];
-        append_generation(
-            &mut peer.their_generations,
-            &mut peer.their_generations_cut,
-            generation,
-        );
+        if !peer.their_generations.iter().any(|g| g.id == generation.id) {
+            append_generation(
+                &mut peer.their_generations,
+                &mut peer.their_generations_cut,
+                generation,
+            );
+        }
         match self.peers[at].relation {
+            // An earlier primary announced it already.
+            Relation::Established if self.sb.generations.iter().any(|g| g.id == generation.id) => {
+                self.commit(
+                    Then::GenerationStored {
+                        peer: at,
+                        session,
+                        generation: generation.id,
+                    },
+                    out,
+                );
+            }
             Relation::Target | Relation::TargetPreparing => {
                 // Recorded with Complete; until then this copy is a target of the source's line anyway.
                 self.sb.target_of = generation.id;
@@ -794,10 +822,8 @@ impl Core {
         if !std::mem::take(&mut self.generation_committing) {
             return;
         }
-        if self.is_primary_like()
-            && let Some(generation) = self.sb.generations.last().copied()
-        {
-            self.announce_generation(generation, out);
+        if self.is_primary_like() {
+            self.announce_generations(out);
         }
         for key in std::mem::take(&mut self.issue_waiting) {
             self.issue(key, out);
