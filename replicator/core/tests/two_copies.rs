@@ -652,3 +652,31 @@ fn parked_ends_when_writes_complete_again() {
         same(&w, 0, 1);
     }
 }
+
+/// Three copies of one `create`: whichever two meet first, all of them read zero, and nothing is copied or refused.
+#[test]
+fn three_blank_copies_of_one_create_agree() {
+    for third in [Mode::Sync, Mode::Async] {
+        for seed in 0..60 {
+            let modes = [Mode::Sync, Mode::Sync, third];
+            let sizes = [SIZE, SIZE / 2];
+            let mut w = World::new(seed, &modes, OnPeerLoss::Suspend, &sizes, true);
+            for n in 0..3 {
+                w.start(n);
+                let steps = w.rng.below(40) as usize;
+                w.steps(steps);
+            }
+            w.until("the copies agree", 8000, |w| w.settled(&[0, 1, 2]));
+            for n in 0..3 {
+                let copied = w.nodes[n]
+                    .notices
+                    .iter()
+                    .find(|x| x.kind == "resync-source");
+                assert!(copied.is_none(), "seed {seed}: {copied:?}");
+            }
+            w.promote(0, false).unwrap();
+            let requests = load(&mut w, 0, 20);
+            all_ok(&mut w, 0, &requests);
+        }
+    }
+}

@@ -200,31 +200,29 @@ impl<'a> Meeting<'a> {
             blank(self.a) && !resumes(self.a, self.b),
             blank(self.b) && !resumes(self.b, self.a),
         );
-        if blank_a || blank_b {
-            // `zeroed` ends with the first promotion a copy hears of: a copy that is not blank any more because it
-            // met a third one still reads zero everywhere.
-            let created = current(self.a);
-            let replaced = self
-                .a
-                .volumes
-                .iter()
-                .chain(&self.b.volumes)
-                .any(|v| v.blank);
-            if self.a.flags.zeroed
-                && self.b.flags.zeroed
-                && created == current(self.b)
-                && created != NO_GENERATION
-                && !replaced
-            {
-                let why = format!(
-                    "both copies read zero everywhere since one `create` made generation {created}"
-                );
-                return Some(Decision {
-                    row: Row::R3,
-                    outcome: Outcome::Nothing,
-                    why,
-                });
-            }
+        // `zeroed` ends with the first promotion a copy hears of: one that is not blank any more because it met a third one still
+        // reads zero everywhere, unless it is being filled.
+        let created = current(self.a);
+        let untouched = |f: &Facts| {
+            f.flags.zeroed
+                && current(f) == created
+                && !mid_resync(f)
+                && f.about_peer.bits == 0
+                && !f.volumes.iter().any(|v| v.blank)
+                && matches!(
+                    f.state,
+                    CopyState::Blank | CopyState::UpToDate | CopyState::Complete
+                )
+        };
+        if created != NO_GENERATION && untouched(self.a) && untouched(self.b) {
+            let why = format!(
+                "both copies read zero everywhere since one `create` made generation {created}"
+            );
+            return Some(Decision {
+                row: Row::R3,
+                outcome: Outcome::Nothing,
+                why,
+            });
         }
         if blank_a && blank_b {
             let why = "both copies are blank and no `create` zeroed both: nothing says which one the service starts from".into();
