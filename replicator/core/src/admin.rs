@@ -133,6 +133,11 @@ impl Core {
         self.sb.target_of = GenerationId(0);
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
         self.undo_give_up(out);
+        if crate::handshake::broken_history(&self.own_facts()) {
+            // It says nothing that can be believed, and would stand in the way of the copy that replaces it (row 1).
+            self.sb.generations.clear();
+            self.sb.generations_cut = false;
+        }
         self.commit(
             Then::Admin {
                 admin,

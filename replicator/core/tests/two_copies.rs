@@ -680,3 +680,37 @@ fn three_blank_copies_of_one_create_agree() {
         }
     }
 }
+
+/// A list of generations that is no chain is refused, and `invalidate` leads out of it, as the refusal says (row 1).
+#[test]
+fn invalidate_ends_a_broken_history() {
+    let mut w = pair(3, OnPeerLoss::Continue);
+    w.promote(0, false).unwrap();
+    let requests = load(&mut w, 0, 30);
+    all_ok(&mut w, 0, &requests);
+    w.command(1, Command::Detach).unwrap();
+    w.crash(1, false);
+    for at in [0, 4096] {
+        let bytes = w.nodes[1].disk.meta.get_mut(&(0, at)).unwrap();
+        let mut sb =
+            holdfast_wire_format::superblock::decode(bytes.as_slice().try_into().unwrap()).unwrap();
+        if let Some(last) = sb.generations.last_mut() {
+            last.parent = holdfast_wire_format::ids::GenerationId(0xbad);
+        }
+        *bytes = holdfast_wire_format::superblock::encode(&sb)
+            .unwrap()
+            .to_vec();
+    }
+    w.start(1);
+    w.until("refused", 20_000, |w| {
+        w.nodes[1]
+            .notices
+            .iter()
+            .any(|n| n.text.contains("is broken"))
+    });
+    w.command(1, Command::Invalidate).unwrap();
+    w.command(1, Command::Connect { peer: None }).unwrap();
+    w.command(0, Command::Connect { peer: None }).unwrap();
+    in_sync_again(&mut w, &[0, 1]);
+    same(&w, 0, 1);
+}

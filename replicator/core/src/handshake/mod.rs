@@ -19,6 +19,11 @@ pub use explain::{Names, explain};
 pub use promote::{Promotion, PromotionKind, may_promote};
 pub use rows::decide;
 
+/// Whether the list of a copy's generations is no chain.
+pub(crate) fn broken_history(facts: &holdfast_wire_format::frame::Facts) -> bool {
+    history::defect(facts).is_some()
+}
+
 use holdfast_wire_format::frame::GoodbyeCode;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::{CopyState, Generation, GenerationCause};
