@@ -29,8 +29,12 @@ pub enum AttachError {
     Read { volume: u16, error: DiskError },
     #[error("volume {volume}: {error}; nothing was changed")]
     Superblock { volume: u16, error: String },
-    #[error("volume {volume} does not fit its metadata: {problem}; nothing was changed")]
-    Mismatch { volume: u16, problem: String },
+    #[error("volume {volume} does not fit its metadata: {problem}. Nothing was changed; {next}")]
+    Mismatch {
+        volume: u16,
+        problem: String,
+        next: &'static str,
+    },
     #[error(
         "the metadata of volume {volume} uses features ({features:#x}) that this version may read and must not write past: a newer version \
          of Holdfast keeps something there that would become wrong. Nothing was changed, data and metadata are as that version left them; \
@@ -283,48 +287,64 @@ impl Core {
         let mut volumes = Vec::new();
         let mut lead: Option<Superblock> = None;
         for (index, v) in params.volumes.iter().enumerate() {
-            let mismatch = |problem: String| AttachError::Mismatch {
+            let mismatch = |problem: String, next| AttachError::Mismatch {
                 volume: v.index.0,
                 problem,
+                next,
             };
             if v.index.0 as usize != index {
                 return Err(mismatch(
-                    "volumes are named in the order of their index".into(),
+                    "volumes are not named in the order of their index".into(),
+                    "put the volumes of the configuration in the order they were created in",
                 ));
             }
             let sb = read_superblock(meta, v.index)?;
             if sb.service != params.service || sb.volume_index != v.index {
-                return Err(mismatch(format!(
-                    "the device holds volume {} of service {} ({}), not of service {}",
-                    sb.volume_index.0, sb.service_name, sb.service, params.service
-                )));
+                let problem = format!(
+                    "the device holds volume {} of service {} ({}), not volume {} of service {}",
+                    sb.volume_index.0, sb.service_name, sb.service, v.index.0, params.service
+                );
+                let next = "correct service.id, the order of the volumes or the backing in the configuration";
+                return Err(mismatch(problem, next));
             }
             if sb.node != params.node || sb.slot != params.slot {
-                return Err(mismatch(format!(
+                let problem = format!(
                     "the device belongs to node {} slot {}, this is node {} slot {}",
                     sb.node, sb.slot.0, params.node, params.slot.0
-                )));
+                );
+                let next = "use this node's own device and slot; a disk that was moved here on purpose is made new with `holdfast volume \
+                            replace-disk` and filled by the peer";
+                return Err(mismatch(problem, next));
             }
             if v.device_data_size < sb.data_size {
-                return Err(mismatch(format!(
+                let problem = format!(
                     "the device has {} bytes for data, the volume needs {}: it shrank",
                     v.device_data_size, sb.data_size
-                )));
+                );
+                let next = "give the device back its size before anything else writes to what was cut off, or replace the disk with \
+                            `holdfast volume replace-disk`; the peer's copy is whole";
+                return Err(mismatch(problem, next));
             }
             if v.sector_size > sb.sector_size {
-                return Err(mismatch(format!(
+                let problem = format!(
                     "the device has sectors of {} bytes, the volume was made for {}",
                     v.sector_size, sb.sector_size
-                )));
+                );
+                let next = "use a device with sectors no larger than that";
+                return Err(mismatch(problem, next));
             }
-            let layout = Layout::of(&sb).map_err(|e| mismatch(e.to_string()))?;
+            let damaged = "use `holdfast volume replace-disk`, the peer fills the disk; or restore the metadata from a backup";
+            let layout = Layout::of(&sb).map_err(|e| mismatch(e.to_string(), damaged))?;
             let lead_sb = lead.get_or_insert_with(|| sb.clone());
             if usize::from(lead_sb.volume_count) != params.volumes.len() {
-                return Err(mismatch(format!(
+                let problem = format!(
                     "the service was made with {} volumes, the configuration names {}",
                     lead_sb.volume_count,
                     params.volumes.len()
-                )));
+                );
+                let next =
+                    "name the volumes it was created with; `holdfast dump-metadata` shows them";
+                return Err(mismatch(problem, next));
             }
             let known = lead_sb.volume_disks.get(index).copied().unwrap_or_default();
             volumes.push(Volume {
@@ -345,6 +365,7 @@ impl Core {
             return Err(AttachError::Mismatch {
                 volume: 0,
                 problem: "a service needs a volume".into(),
+                next: "name its volumes in the configuration",
             });
         };
         let unclean = sb.flags.unclean;
@@ -359,6 +380,7 @@ impl Core {
                 return Err(AttachError::Mismatch {
                     volume: 0,
                     problem: "all 7 peer slots are taken".into(),
+                    next: "take a peer out of the configuration that is no longer there; `holdfast dump-metadata` shows them",
                 });
             };
             if !sb.peers[record].in_use {

@@ -9,14 +9,17 @@ use std::sync::Arc;
 #[derive(Debug, thiserror::Error)]
 pub enum OpenError {
     #[error(
-        "cannot open {path}: {source}. Check that the path exists and that this user may read and write it"
+        "cannot open {path}: {source}. Nothing was changed; check that the path exists and that this user may read and write it"
     )]
     Open { path: PathBuf, source: io::Error },
     #[error(
         "{path} already exists; its contents were left alone. Choose another path or remove the file if it is not needed"
     )]
     AlreadyExists { path: PathBuf },
-    #[error("cannot create {path} with {size} bytes: {source}. The incomplete file was removed")]
+    #[error(
+        "cannot create {path} with {size} bytes: {source}. The incomplete file was removed and nothing else was changed; free space there, choose \
+         another place, or make the volume smaller"
+    )]
     Create {
         path: PathBuf,
         size: u64,
@@ -27,7 +30,9 @@ pub enum OpenError {
          on the disk, so it is not used; put the backing on a filesystem with direct I/O (ext4, xfs, btrfs without compression) or on a block device"
     )]
     NoDirectIo { path: PathBuf, source: io::Error },
-    #[error("{path} is {found}; a backing must be a regular file or a block device")]
+    #[error(
+        "{path} is {found}; it was left alone. A backing must be a regular file or a block device"
+    )]
     WrongKind { path: PathBuf, found: &'static str },
     #[error(
         "{path} is locked by another process{holder}. Usually a replicator that still runs, or one that was killed while the disk has not \
@@ -44,14 +49,16 @@ pub enum OpenError {
     )]
     Aliased { path: PathBuf, other: String },
     #[error(
-        "{path} needs direct I/O in units of {needed} bytes, but the volume has sectors of {wanted} bytes. Use a volume sector size of at least {needed}"
+        "{path} needs direct I/O in units of {needed} bytes, but the volume has sectors of {wanted} bytes. Nothing was changed; use a volume sector size of at least {needed}"
     )]
     SectorSize {
         path: PathBuf,
         needed: u32,
         wanted: u32,
     },
-    #[error("{path} is smaller than one sector of {sector} bytes")]
+    #[error(
+        "{path} is smaller than one sector of {sector} bytes. Nothing was changed; use a larger one"
+    )]
     Empty { path: PathBuf, sector: u32 },
     #[error("{what} failed on {path}: {source}")]
     Query {

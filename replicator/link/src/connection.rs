@@ -389,11 +389,14 @@ async fn accept_stream<H: LinkHandler>(
         }
         Err(_) => return,
     };
-    let decision = if peer.wants(service) {
-        context.handler.accept(peer.id, service)
-    } else {
-        Err("this service is not connected there now".to_owned())
-    };
+    // The handler is asked first: a service that it does not know is never wanted either, and it should hear of it.
+    let decision = context.handler.accept(peer.id, service).and_then(|()| {
+        if peer.wants(service) {
+            Ok(())
+        } else {
+            Err("this service is not connected there now".to_owned())
+        }
+    });
     let answer = decision.as_ref().copied().map_err(String::as_str);
     if timeout(limit, control::answer(&mut send, answer))
         .await

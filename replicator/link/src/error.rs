@@ -76,7 +76,10 @@ pub enum LinkError {
     JoinRefused(String),
     #[error("could not join: {0}; nothing was changed here")]
     JoinFailed(String),
-    #[error("cannot listen on {address}: {source}")]
+    #[error(
+        "cannot listen for other nodes on {address} (UDP): {source}. Nothing was started and nothing was changed; `ss -lunp` shows who has the \
+         port: free it, or listen on another one (node.link_listen, and this node's address at its peers)"
+    )]
     Listen {
         address: SocketAddr,
         source: std::io::Error,

@@ -8,6 +8,7 @@ use crate::events::EventLog;
 use holdfast_frontend::CloseReason;
 use holdfast_link::{Identity, Peer, PeerStore};
 use holdfast_replicator_core::api::{AdminResult, Command, Refusal, RefusalKind, Role};
+use holdfast_replicator_core::status::LinkState;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -359,7 +360,16 @@ fn reports(shard: &Rc<Shard>, nbd_uris: &impl Fn(&str, &str) -> Vec<String>) -> 
         services
             .iter()
             .map(|service| {
-                let status = service.core.status(now);
+                let mut status = service.core.status(now);
+                for peer in &mut status.peers {
+                    let known = service.peers.iter().find(|known| known.slot == peer.slot);
+                    if peer.link == LinkState::Connecting
+                        && let Some(known) = known
+                        && let Some(failure) = shard.link().failure(known.link)
+                    {
+                        peer.last_error = failure;
+                    }
+                }
                 let uris = |volume: &str| {
                     if service.role == Role::Primary {
                         nbd_uris(&service.name, volume)

@@ -3,12 +3,15 @@
 use super::budget::{Budget, ReceiveBuf};
 use super::buffers::Entry;
 use super::driver::Shard;
+use super::failures::Failures;
 use super::memory::Memory;
 use super::service::Service;
 use crate::control::protocol::LevelName;
 use crate::events::EventLog;
 use holdfast_disk::Buf;
-use holdfast_link::{Link, LinkConfig, LinkError, LinkEvent, LinkHandler, Path, Payload, Received};
+use holdfast_link::{
+    Link, LinkConfig, LinkError, LinkEvent, LinkHandler, Path, Payload, PeerStore, Received,
+};
 use holdfast_replicator_core::api::{Event, SessionId};
 use holdfast_replicator_core::words;
 use holdfast_wire_format::frame::{Body, FrameHeader, GoodbyeCode};
@@ -38,11 +41,42 @@ pub(super) struct LinkPort {
     inbox: Rc<Inbox>,
 }
 
+/// Names for what the link knows by id.
+struct Names {
+    this: String,
+    peers: std::sync::Arc<PeerStore>,
+    services: RefCell<HashMap<Uuid, String>>,
+}
+
+impl Names {
+    fn node(&self, id: Uuid) -> String {
+        let peers = self.peers.all();
+        let known = peers.iter().find(|peer| peer.id == id);
+        known.map_or_else(|| id.to_string(), |peer| peer.name.clone())
+    }
+
+    fn service(&self, id: Uuid) -> String {
+        let services = self.services.borrow();
+        services.get(&id).cloned().unwrap_or_else(|| id.to_string())
+    }
+
+    /// The peer that a refusal is about: it names its id.
+    fn in_text(&self, text: &str) -> Option<Uuid> {
+        let peers = self.peers.all();
+        let named = peers
+            .iter()
+            .find(|peer| text.contains(&peer.id.to_string()));
+        named.map(|peer| peer.id)
+    }
+}
+
 /// What the link delivered and the shard has not looked at.
 struct Inbox {
     shard: OnceCell<Weak<Shard>>,
     memory: Rc<Memory>,
     log: EventLog,
+    failures: Failures,
+    names: Names,
     routes: RefCell<HashMap<PeerRef, Route>>,
     budgets: RefCell<HashMap<Uuid, Rc<Budget>>>,
     events: RefCell<VecDeque<LinkEvent<ReceiveBuf>>>,
@@ -74,16 +108,31 @@ impl LinkHandler for Handler {
     }
 
     fn accept(&self, peer: Uuid, service: Uuid) -> Result<(), String> {
-        if self.0.routes.borrow().contains_key(&PeerRef {
+        let routes = self.0.routes.borrow();
+        let asked = PeerRef {
             node: peer,
             service,
-        }) {
-            Ok(())
-        } else {
-            Err(format!(
-                "service {service} has no copy on node {peer} in this node's configuration"
-            ))
+        };
+        if routes.contains_key(&asked) {
+            return Ok(());
         }
+        let names = &self.0.names;
+        let mut common: Vec<String> = routes
+            .keys()
+            .filter(|known| known.node == peer)
+            .map(|known| {
+                format!(
+                    "service {} ({})",
+                    names.service(known.service),
+                    known.service
+                )
+            })
+            .collect();
+        common.sort();
+        Err(self
+            .0
+            .failures
+            .asked(peer, &names.node(peer), &names.this, service, &common))
     }
 }
 
@@ -109,9 +158,16 @@ impl LinkPort {
         memory: Rc<Memory>,
         log: EventLog,
     ) -> Result<LinkPort, LinkError> {
+        let names = Names {
+            this: config.identity.name().to_owned(),
+            peers: config.peers.clone(),
+            services: RefCell::default(),
+        };
         let inbox = Rc::new(Inbox {
             shard: OnceCell::new(),
             memory,
+            failures: Failures::new(log.clone()),
+            names,
             log,
             routes: RefCell::default(),
             budgets: RefCell::default(),
@@ -129,9 +185,18 @@ impl LinkPort {
     }
 
     /// Takes streams of this service's peers from here on; `bytes` is what each may have waiting here.
-    pub fn add_service(&self, at: usize, service: Uuid, bytes: usize, peers: &[(Slot, Uuid)]) {
+    pub fn add_service(
+        &self,
+        at: usize,
+        service: Uuid,
+        name: &str,
+        bytes: usize,
+        peers: &[(Slot, Uuid)],
+    ) {
         let budget = Budget::new(bytes * peers.len());
         self.inbox.budgets.borrow_mut().insert(service, budget);
+        let names = &self.inbox.names.services;
+        names.borrow_mut().insert(service, name.to_owned());
         let mut routes = self.inbox.routes.borrow_mut();
         for (slot, node) in peers {
             routes.insert(
@@ -266,6 +331,10 @@ impl LinkPort {
                 session,
                 path,
             } => {
+                self.inbox.failures.open(PeerRef {
+                    node: peer,
+                    service,
+                });
                 if let Some((at, peer)) = of(peer, service) {
                     services[at].events.push_back(Event::LinkUp {
                         peer,
@@ -331,6 +400,7 @@ impl LinkPort {
                 }
             }
             LinkEvent::PeerUp { peer, path } => {
+                self.inbox.failures.connected(peer);
                 self.inbox.log.node(
                     LevelName::Info,
                     "node-connected",
@@ -338,6 +408,7 @@ impl LinkPort {
                 );
             }
             LinkEvent::PeerDown { peer, path, reason } => {
+                self.inbox.failures.disconnected(peer);
                 let text = format!(
                     "the connection to node {} over {path} ended: {reason}",
                     self.name(peer)
@@ -346,32 +417,26 @@ impl LinkPort {
                     .log
                     .node(LevelName::Warning, "node-disconnected", text);
             }
-            // Repeats with every attempt: the state is in the status, the reason of each one in the debug log.
+            // Repeats with every attempt; said once.
             LinkEvent::PathFailed { peer, path, reason } => {
-                tracing::debug!(
-                    peer = self.name(peer),
-                    path,
-                    reason,
-                    "a path to a node failed"
-                );
+                let name = self.name(peer);
+                self.inbox.failures.path(peer, &name, &path, &reason);
             }
             LinkEvent::CallerRefused { remote, reason } => {
-                tracing::warn!(%remote, reason, "a caller was refused");
+                let named = self.inbox.names.in_text(&reason);
+                self.inbox.failures.caller(named, remote, &reason);
             }
             LinkEvent::ServiceRefused {
                 peer,
                 service,
                 reason,
             } => {
-                let name = of(peer, service)
-                    .map_or_else(|| service.to_string(), |(at, _)| services[at].name.clone());
-                let text = format!(
-                    "node {} does not take service {name} now: {reason}",
-                    self.name(peer)
-                );
-                self.inbox
-                    .log
-                    .node(LevelName::Warning, "service-refused", text);
+                let (node, name) = (self.name(peer), self.inbox.names.service(service));
+                let peer = PeerRef {
+                    node: peer,
+                    service,
+                };
+                self.inbox.failures.service(peer, &node, &name, &reason);
             }
         }
     }
@@ -427,11 +492,12 @@ impl LinkPort {
     }
 
     fn name(&self, node: Uuid) -> String {
-        let status = self.link.status();
-        let known = status
-            .iter()
-            .find(|status| status.peer == node && !status.name.is_empty());
-        known.map_or_else(|| node.to_string(), |status| status.name.clone())
+        self.inbox.names.node(node)
+    }
+
+    /// Why a peer that is wanted is not there, as far as the link knows.
+    pub fn failure(&self, peer: PeerRef) -> Option<String> {
+        self.inbox.failures.of(peer)
     }
 
     /// Ends all connections; what is queued is sent first.

@@ -5,6 +5,7 @@ mod budget;
 mod buffers;
 mod driver;
 mod exports;
+mod failures;
 pub mod handle;
 mod link;
 pub mod memory;

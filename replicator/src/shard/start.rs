@@ -413,9 +413,13 @@ fn attach(
         })
         .collect();
     let slots: Vec<_> = peers.iter().map(|peer| (peer.slot, peer.node)).collect();
-    shard
-        .link()
-        .add_service(at, service.id, Budgets::of_peer(&service.tuning), &slots);
+    shard.link().add_service(
+        at,
+        service.id,
+        &service.name,
+        Budgets::of_peer(&service.tuning),
+        &slots,
+    );
     shard.add_service(Service::new(
         at,
         service.name.clone(),

@@ -35,20 +35,31 @@ const BACKLOG: u32 = 128;
 #[derive(Debug, thiserror::Error)]
 pub enum BindError {
     #[error(
-        "{address} is not a loopback address and no TLS certificate is configured; \
+        "{address} is not a loopback address and no TLS certificate is configured. Nothing is served and nothing was changed; \
          configure one, or listen on loopback or a Unix socket"
     )]
     NeedsTls { address: SocketAddr },
-    #[error("cannot listen on {address}: {source}")]
+    #[error(
+        "cannot listen for clients on {address} (TCP): {source}. Nothing is served and nothing was changed; `ss -ltnp` shows who has the port: \
+         free it, or listen on another one"
+    )]
     Tcp {
         address: SocketAddr,
         source: io::Error,
     },
-    #[error("cannot listen on {}: {source}", path.display())]
+    #[error(
+        "cannot listen for clients on {}: {source}. Nothing is served and nothing was changed; choose a path that this user may make a socket at",
+        path.display()
+    )]
     Unix { path: PathBuf, source: io::Error },
-    #[error("{} is in use: another process answers on it", path.display())]
+    #[error(
+        "another process answers on the socket {}; it was left alone. Nothing is served and nothing was changed; stop that process, or choose \
+         another path", path.display()
+    )]
     InUse { path: PathBuf },
-    #[error("{} exists and is not a socket; it was left alone", path.display())]
+    #[error(
+        "{} exists and is not a socket; it was left alone. Nothing is served; move it away, or choose another path", path.display()
+    )]
     NotASocket { path: PathBuf },
 }
 
