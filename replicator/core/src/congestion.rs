@@ -8,17 +8,43 @@ use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 
 impl Core {
-    /// Lag of a copy in ms: the age of the oldest write it has not acknowledged.
+    /// Lag of a copy in ms as far as mirrored writes go: the age of the oldest one it has not acknowledged.
     pub(crate) fn lag_ms(&self, at: usize) -> u64 {
-        let Some(position) = self.peers[at].oldest_unacked else {
-            return 0;
-        };
-        let Some(entry) = self.window.get(position) else {
-            return 0;
-        };
+        self.oldest_issued(at)
+            .map_or(0, |issued| self.now.ms_since(issued))
+    }
+
+    /// When the oldest write that was mirrored to a copy, and that it has not acknowledged, was issued.
+    pub(crate) fn oldest_issued(&self, at: usize) -> Option<Time> {
+        let entry = self.window.get(self.peers[at].oldest_unacked?)?;
         match self.ops.get(entry.op as usize) {
-            Some(crate::op::Op::Client(op)) => self.now.ms_since(Time(op.issued_at)),
-            _ => 0,
+            Some(crate::op::Op::Client(op)) => Some(Time(op.issued_at)),
+            _ => None,
+        }
+    }
+
+    /// How long a copy has lacked something, in ms: since the oldest write it has not acknowledged, or since its bitmap
+    /// has named blocks, whether it is connected or not. What would be lost in time if only that copy were left.
+    pub(crate) fn behind_ms(&self, at: usize, now: Time) -> u64 {
+        let since = [self.oldest_issued(at), self.peers[at].behind_since];
+        let oldest = since.into_iter().flatten().min();
+        oldest.map_or(0, |since| now.ms_since(since))
+    }
+
+    /// Notes since when each copy has lacked blocks.
+    pub(crate) fn watch_behind(&mut self) {
+        // A follower's bits name what another follower may lack at worst; what it does lack, the primary knows.
+        let follows = !self.is_primary_like()
+            && self
+                .peers
+                .iter()
+                .any(|peer| peer.is_primary && peer.session.is_some());
+        for peer in &mut self.peers {
+            if follows || peer.dirty_bits() == 0 {
+                peer.behind_since = None;
+            } else {
+                peer.behind_since.get_or_insert(self.now);
+            }
         }
     }
 

@@ -240,6 +240,7 @@ impl Core {
         let theirs = theirs.facts;
         let decision = handshake::decide(&mine, &theirs, None);
         self.peers[at].row = Some(decision.row);
+        self.peers[at].met = Some(self.now);
         self.peers[at].handshake =
             handshake::explain(&decision, &|slot| format!("copy {}", slot.0));
         self.notice(
@@ -880,6 +881,10 @@ impl Core {
                     *leg = Leg::Bits;
                 }
             }
+        }
+        // What was on its way is bits from here on, and stays as old as it is.
+        if let Some(issued) = self.oldest_issued(at) {
+            self.peers[at].behind_since.get_or_insert(issued);
         }
         self.peers[at].unacked_bytes = 0;
         self.peers[at].oldest_unacked = None;

@@ -256,6 +256,8 @@ pub(crate) struct Peer {
     /// Bytes given to the link and not yet drained.
     pub queued_bytes: u64,
     pub oldest_unacked: Option<Position>,
+    /// Since when the bitmap has named blocks that it lacks; as far back as the oldest write among them, where that is known.
+    pub behind_since: Option<Time>,
     pub source: SourceState,
     pub target: TargetState,
     pub verify: VerifyState,
@@ -269,6 +271,8 @@ pub(crate) struct Peer {
     /// What the last meeting came to, and in words.
     pub row: Option<crate::handshake::Row>,
     pub handshake: String,
+    /// When that was.
+    pub met: Option<Time>,
     pub last_error: String,
     /// `decide` said full copy.
     pub full_copy: bool,

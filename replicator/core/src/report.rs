@@ -85,7 +85,7 @@ impl Core {
             is_primary: peer.is_primary,
             dirty_bytes: peer.dirty_bytes(),
             unacknowledged_bytes: peer.unacked_bytes,
-            lag_ms: self.lag_ms(at),
+            lag_ms: self.behind_ms(at, now),
             resync: self.resync_status(at, now),
             verify: (peer.verify.total_bytes > 0).then_some(VerifyStatus {
                 total_bytes: peer.verify.total_bytes,
@@ -94,6 +94,7 @@ impl Core {
                 running: peer.verify.running,
             }),
             handshake: peer.handshake.clone(),
+            met_ms_ago: peer.met.map(|met| now.ms_since(met)),
             last_error: peer.last_error.clone(),
         }
     }

@@ -301,6 +301,7 @@ impl Core {
         for at in 0..self.peers.len() {
             self.send_acks(at, out);
         }
+        self.watch_behind();
     }
 
     /// When to call with `Event::Tick` at the latest.

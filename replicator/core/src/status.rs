@@ -55,12 +55,15 @@ pub struct PeerStatus {
     /// Blocks the peer lacks, in bytes, and those not yet acknowledged.
     pub dirty_bytes: u64,
     pub unacknowledged_bytes: u64,
-    /// Age of the oldest write the peer has not acknowledged, in ms: the RPO in seconds.
+    /// For how long the peer has lacked something, in ms: the age of the oldest write it has not acknowledged, whether that is
+    /// on its way, parked, or only bits in the bitmap. After a restart of this copy, counted from there.
     pub lag_ms: u64,
     pub resync: Option<ResyncStatus>,
     pub verify: Option<VerifyStatus>,
     /// What the last handshake decided, in words.
     pub handshake: String,
+    /// How long ago that was, in ms.
+    pub met_ms_ago: Option<u64>,
     pub last_error: String,
 }
 

@@ -189,11 +189,32 @@ fn peer_rows(out: &mut String, peer: &PeerReport, style: Style) {
     }
     let connected = matches!(peer.link, LinkName::Resync | LinkName::Established);
     if !connected && !peer.handshake.is_empty() {
-        let lines = peer.handshake.trim_end().replace('\n', "\n              ");
-        let _ = writeln!(out, "    handshake {lines}");
+        let text = format!("{}\n{}", met(peer), peer.handshake.trim_end());
+        let _ = writeln!(
+            out,
+            "    handshake {}",
+            text.replace('\n', "\n              ")
+        );
     }
     if !connected && !peer.last_error.is_empty() {
         let _ = writeln!(out, "    error     {}", peer.last_error);
+    }
+}
+
+/// When what the last handshake says was decided, and whether that still is how things stand.
+pub fn met(peer: &PeerReport) -> String {
+    let when = match peer.met_ms_ago {
+        Some(ms) => format!("they last met {} ago", span(ms)),
+        None => "when they met is not known".into(),
+    };
+    match peer.link {
+        LinkName::Connecting => format!(
+            "{when}; {} cannot be reached now, and may have changed since:",
+            peer.name
+        ),
+        LinkName::Off => format!("{when}; the link is off now:"),
+        LinkName::Handshake => format!("{when}, and are meeting now:"),
+        LinkName::Resync | LinkName::Established => format!("{when} and are connected:"),
     }
 }
 
@@ -445,6 +466,7 @@ pub(crate) mod tests {
                     resync: None,
                     verify: None,
                     handshake: String::new(),
+                    met_ms_ago: None,
                     last_error: String::new(),
                 }],
                 hot_extents: 1,

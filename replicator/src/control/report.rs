@@ -102,10 +102,15 @@ pub struct PeerReport {
     pub is_primary: bool,
     pub dirty_bytes: u64,
     pub unacknowledged_bytes: u64,
+    /// For how long it has lacked something: on its way, parked, or only bits; not only while it is connected.
     pub lag_ms: u64,
     pub resync: Option<ResyncReport>,
     pub verify: Option<VerifyReport>,
+    /// What the last meeting decided, in words.
     pub handshake: String,
+    /// How long ago that was.
+    #[serde(default)]
+    pub met_ms_ago: Option<u64>,
     pub last_error: String,
 }
 
@@ -400,6 +405,7 @@ fn peer_report(
             running: verify.running,
         }),
         handshake: named(&peer.handshake),
+        met_ms_ago: peer.met_ms_ago,
         last_error: named(&peer.last_error),
     }
 }

@@ -33,8 +33,8 @@ const ANSWER_QUEUE: usize = 64;
 #[derive(Debug, thiserror::Error)]
 pub enum ListenError {
     #[error(
-        "another replicator already answers on {path}; it was left alone. Stop it first, or give this \
-         one its own state directory"
+        "another process already answers on {path}; it was left alone and nothing was started. Stop it first, or give this \
+         replicator another control socket and its own state directory"
     )]
     InUse { path: PathBuf },
     #[error(
@@ -97,6 +97,16 @@ impl Server {
                     return Err(ListenError::NotASocket {
                         path: path.to_path_buf(),
                     });
+                }
+                // Whoever answers there without the lock is no replicator of this version, and is left alone all the same.
+                match std::os::unix::net::UnixStream::connect(path) {
+                    Ok(_) => {
+                        return Err(ListenError::InUse {
+                            path: path.to_path_buf(),
+                        });
+                    }
+                    Err(error) if error.kind() == io::ErrorKind::ConnectionRefused => {}
+                    Err(error) => return Err(fail(error)),
                 }
                 std::fs::remove_file(path).map_err(fail)?;
             }

@@ -3,7 +3,7 @@
 use super::driver::Shard;
 use crate::control::node::Node;
 use crate::control::protocol::{EventReport, LevelName, NodeStatus, ServiceReport};
-use crate::control::render::timestamp;
+use crate::control::render::{met, timestamp};
 use crate::events::EventLog;
 use holdfast_frontend::CloseReason;
 use holdfast_link::{Identity, Peer, PeerStore};
@@ -254,7 +254,7 @@ impl Node for NodeHandle {
                 next: "Check that the peer runs and can be reached".into(),
             });
         }
-        Ok(peer_report.handshake.clone())
+        Ok(format!("{}\n{}", met(peer_report), peer_report.handshake))
     }
 
     fn events(&self) -> (Vec<EventReport>, broadcast::Receiver<EventReport>) {

@@ -2,6 +2,7 @@
 
 mod child;
 mod grow;
+mod lag;
 mod memory;
 mod process;
 mod reload;

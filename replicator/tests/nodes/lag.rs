@@ -1,0 +1,85 @@
+//! Lag in seconds is the age of the oldest write that a copy lacks, whether it is on its way, parked, or only bits.
+
+use crate::support::{Nbd, Settings, blocking, two_nodes};
+use holdfast_replicator::control::node::Node as _;
+use holdfast_replicator::control::protocol::{LinkName, StateName};
+use holdfast_replicator_core::api::Command;
+use std::time::Instant;
+
+#[tokio::test]
+async fn a_copy_that_is_away_falls_behind_in_seconds_and_catches_up_to_none() {
+    // Under `continue` the writes are bits, under `suspend` they are parked as well.
+    for on_peer_loss in ["continue", "suspend"] {
+        let root = tempfile::tempdir().unwrap();
+        let settings = Settings {
+            on_peer_loss,
+            ..Settings::default()
+        };
+        let [mut alpha, mut beta] = two_nodes(root.path());
+        alpha.create(&settings);
+        beta.create(&settings);
+        let address = alpha.start(&settings, None).await;
+        beta.start(&settings, Some(address)).await;
+        for node in [&alpha, &beta] {
+            node.until("they are connected", |s| {
+                s.peers[0].link == LinkName::Established
+            })
+            .await;
+        }
+        alpha
+            .command(Command::Promote { force: false })
+            .await
+            .unwrap();
+        beta.stop().await;
+        let away = alpha
+            .until("beta is missed", |s| {
+                s.peers[0].link == LinkName::Connecting
+            })
+            .await;
+        // Nothing was written since: nothing would be lost.
+        assert_eq!((away.peers[0].dirty_bytes, away.peers[0].lag_ms), (0, 0));
+        let socket = alpha.dir.join("nbd.sock");
+        let before = Instant::now();
+        let client = blocking(move || {
+            let mut nbd = Nbd::open(&socket, "data").unwrap();
+            nbd.send_write(8192, &[5; 4096]).unwrap();
+            nbd
+        })
+        .await;
+        let report = alpha
+            .until("the write has an age", |s| s.peers[0].lag_ms >= 200)
+            .await;
+        assert!(report.peers[0].dirty_bytes >= 4096);
+        assert!(u128::from(report.peers[0].lag_ms) <= before.elapsed().as_millis());
+        assert_eq!(report.parked, on_peer_loss == "suspend");
+        alpha
+            .until("and grows older", |s| {
+                s.peers[0].lag_ms > report.peers[0].lag_ms
+            })
+            .await;
+        // What they decided last is said to be of the past.
+        let handle = alpha.replicator.as_ref().unwrap().handle();
+        let explained = handle.explain_handshake("db", beta.name).await.unwrap();
+        assert!(
+            explained.contains("they last met") && explained.contains("cannot be reached now"),
+            "{explained}"
+        );
+        beta.start(&settings, Some(address)).await;
+        for node in [&alpha, &beta] {
+            let report = node
+                .until("both are whole", |s| {
+                    s.state == StateName::UpToDate
+                        && s.peers[0].link == LinkName::Established
+                        && s.peers[0].lag_ms == 0
+                })
+                .await;
+            assert_eq!(report.peers[0].dirty_bytes, 0);
+        }
+        let handle = alpha.replicator.as_ref().unwrap().handle();
+        let explained = handle.explain_handshake("db", beta.name).await.unwrap();
+        assert!(explained.contains("are connected"), "{explained}");
+        drop(client);
+        beta.stop().await;
+        alpha.stop().await;
+    }
+}
