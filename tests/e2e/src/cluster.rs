@@ -59,6 +59,8 @@ pub struct Settings {
     pub tuning: Vec<(&'static str, String)>,
     /// Log filter of the replicators.
     pub log: &'static str,
+    /// Slots of nodes that come later ([`Cluster::introduce`]): they have an identity, and nobody knows them yet.
+    pub later: Vec<usize>,
     /// Services beside the one described above, with a copy on every node and the same tuning.
     pub others: Vec<crate::services::Service>,
 }
@@ -80,6 +82,7 @@ impl Default for Settings {
                 ("peer_timeout_ms", "600".into()),
             ],
             log: "info",
+            later: Vec::new(),
             others: Vec::new(),
         }
     }
@@ -88,6 +91,8 @@ impl Default for Settings {
 /// Nodes that were made, joined, given their volumes and started.
 pub struct Cluster {
     pub nodes: Vec<Node>,
+    addresses: Vec<Ipv4Addr>,
+    service_id: String,
     directory: Option<tempfile::TempDir>,
 }
 
@@ -129,7 +134,9 @@ impl Cluster {
     pub fn start(settings: &Settings) -> Cluster {
         let mut cluster = Cluster::make(settings);
         for node in &mut cluster.nodes {
-            node.start();
+            if !settings.later.contains(&usize::from(node.slot)) {
+                node.start();
+            }
         }
         if settings.backing == Backing::Loop {
             // Nobody knows what was on a device: somebody must say which copy the service starts from.
@@ -175,6 +182,8 @@ impl Cluster {
             .collect();
         let mut cluster = Cluster {
             nodes,
+            addresses: addresses.clone(),
+            service_id: service_id.clone(),
             directory: Some(directory),
         };
         for node in &mut cluster.nodes {
@@ -183,16 +192,42 @@ impl Cluster {
         }
         for inviting in 0..settings.nodes {
             for joining in inviting + 1..settings.nodes {
+                if settings.later.contains(&inviting) || settings.later.contains(&joining) {
+                    continue;
+                }
                 join(&cluster.nodes[inviting], &cluster.nodes[joining]);
             }
         }
         for node in &cluster.nodes {
+            if settings.later.contains(&usize::from(node.slot)) {
+                continue;
+            }
             node.must(&["volume", "create", SERVICE]);
             for other in &settings.others {
                 node.must(&["volume", "create", other.name]);
             }
         }
         cluster
+    }
+
+    /// Brings a node of [`Settings::later`] in as a person would: it joins every other node, whether that runs or not, gets its
+    /// volumes, and all configurations name it from now on. Running replicators read theirs when they are started anew.
+    #[track_caller]
+    pub fn introduce(&mut self, newcomer: usize) {
+        for node in &mut self.nodes {
+            node.settings.later.retain(|slot| *slot != newcomer);
+        }
+        let later = self.nodes[newcomer].settings.later.clone();
+        for other in (0..self.nodes.len()).filter(|slot| *slot != newcomer) {
+            if !later.contains(&other) {
+                join(&self.nodes[other], &self.nodes[newcomer]);
+            }
+        }
+        let (addresses, service_id) = (self.addresses.clone(), self.service_id.clone());
+        for node in &mut self.nodes {
+            node.configure(&addresses, &service_id);
+        }
+        self.nodes[newcomer].must(&["volume", "create", SERVICE]);
     }
 
     /// Where the cluster's files are.
@@ -435,7 +470,8 @@ impl Node {
                 text += &format!("sector_size = {bytes}\n");
             }
         }
-        for other in (0..settings.nodes).filter(|other| *other != slot) {
+        let known = |other: &usize| *other != slot && !settings.later.contains(other);
+        for other in (0..settings.nodes).filter(known) {
             text += &format!(
                 "[[service.peer]]\nnode = {:?}\nslot = {other}\naddresses = [\"{}:{LINK_PORT}\"]\n",
                 NAMES[other], addresses[other]
