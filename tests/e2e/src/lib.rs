@@ -4,6 +4,7 @@
 //! Everything here panics when something is not as it should be: it is for tests. `docs/testing.md` says which test proves
 //! what, and how to run one alone.
 
+pub mod bytes;
 pub mod cluster;
 pub mod faults;
 pub mod history;
