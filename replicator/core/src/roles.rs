@@ -188,7 +188,8 @@ impl Core {
         let in_s = self.sb.in_sync.contains(self.slot);
         let whole =
             self.sb.state == CopyState::UpToDate || (self.sb.state == CopyState::Complete && in_s);
-        let allowed = if !connected.is_empty() && members_connected && whole && in_s {
+        let planned = whole && in_s || self.follower_has_all();
+        let allowed = if !connected.is_empty() && members_connected && planned {
             Ok(handshake::Promotion {
                 kind: PromotionKind::Planned,
                 may_lose: String::new(),
@@ -204,6 +205,26 @@ impl Core {
                 self.start_promotion(wanted.admin, &promotion, wanted.force, connected, out);
             }
         }
+    }
+
+    /// An asynchronous copy is never in S, and yet holds every acknowledged write once the last primary stopped being
+    /// primary, all of S is connected, and nothing is left to copy: its link to that primary was met anew, or ended with
+    /// everything flushed here, since then.
+    fn follower_has_all(&self) -> bool {
+        let settled = |slot: Slot| {
+            self.peers.iter().any(|p| {
+                p.slot == slot
+                    && p.session.is_some()
+                    && matches!(p.relation, Relation::Established)
+                    && !p.is_primary
+                    && !p.diskless
+            })
+        };
+        let owner = Slot(self.sb.epoch_gate.owner);
+        let members = self.sb.in_sync.without(self.slot);
+        self.sb.state == CopyState::Complete
+            && members.contains(owner)
+            && members.iter().all(settled)
     }
 
     fn start_promotion(
@@ -309,7 +330,11 @@ impl Core {
         // Copies that did not agree leave S durably before this copy serves (they are unreachable).
         let mut in_sync = SlotSet::only(self.slot);
         for slot in self.sb.in_sync.iter() {
-            if agreed.contains(slot) {
+            let asynchronous = self
+                .peers
+                .iter()
+                .any(|p| p.slot == slot && p.mode == Mode::Async);
+            if agreed.contains(slot) && !asynchronous {
                 in_sync = in_sync.with(slot);
             }
         }

@@ -3,6 +3,7 @@
 mod world;
 
 use holdfast_replicator_core::api::*;
+use holdfast_wire_format::ids::{Slot, SlotSet};
 use holdfast_wire_format::metadata::*;
 use world::*;
 
@@ -400,6 +401,55 @@ fn a_third_asynchronous_copy_follows() {
         });
         same(&w, 0, 1);
         same(&w, 1, 2);
+    }
+}
+
+/// A demoted primary and an asynchronous copy that has everything: the service moves there and back as planned.
+#[test]
+fn a_service_moves_to_an_asynchronous_copy_and_back_as_planned() {
+    for seed in 830..860 {
+        let modes = [Mode::Sync, Mode::Sync, Mode::Async];
+        let sizes = [SIZE, SIZE / 2];
+        let mut w = World::new(seed, &modes, OnPeerLoss::Suspend, &sizes, true);
+        for n in 0..3 {
+            w.start(n);
+        }
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
+        w.promote(0, false)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        let mut history = History::new();
+        history.load(&mut w, 0, 60);
+        for (from, to) in [(0, 2), (2, 0)] {
+            // While the primary serves, and while one that is in sync is away, the copy is not to be promoted.
+            assert!(w.promote(to, false).is_err(), "seed {seed}");
+            w.command(from, Command::Demote)
+                .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            if seed % 3 == 0 && to == 2 {
+                w.crash(1, false);
+                w.until("it is missed", 100_000, |w| {
+                    let status = w.nodes[2].core.as_ref().unwrap().status(w.now);
+                    status.peers[1].link != holdfast_replicator_core::status::LinkState::Established
+                });
+                assert!(w.promote(2, false).is_err(), "seed {seed}");
+                w.start(1);
+            }
+            w.until("everybody has everything", 400_000, |w| {
+                w.settled(&[0, 1, 2])
+            });
+            w.promote(to, to == 0 && seed % 2 == 0)
+                .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+            history.check(&w, from, to);
+            let in_sync = w.nodes[to].core.as_ref().unwrap().status(w.now).in_sync;
+            assert!(to == 0 || in_sync == SlotSet::only(Slot(2)), "seed {seed}");
+            assert!(to == 2 || !in_sync.contains(Slot(2)), "seed {seed}");
+            let requests = load(&mut w, to, 30);
+            all_ok(&mut w, to, &requests);
+            history = History::new();
+            w.until("quiet", 400_000, |w| w.settled(&[0, 1, 2]));
+            same(&w, 0, 1);
+            same(&w, 1, 2);
+        }
+        in_sync_again(&mut w, &[0, 1]);
     }
 }
 
