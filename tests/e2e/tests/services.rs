@@ -445,6 +445,7 @@ fn an_asynchronous_copy_holds_a_beginning_of_the_order_of_all_volumes() {
         if moment >= 2 {
             // The copy stands still while the application goes on: something is lost for sure.
             cluster[heir].freeze();
+            cluster[lost].until_misses(heir);
             writing.until_acknowledged(100);
         }
         cluster[lost].kill();
