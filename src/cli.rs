@@ -246,7 +246,10 @@ pub struct VolumeCreate {
     /// Replace metadata that is there: this copy's history and what it knows of its peers are lost
     #[arg(long)]
     pub overwrite_metadata: bool,
-    /// Do not ask before metadata is replaced
+    /// Write zeroes over the whole of every volume, whatever is there: copies that were all made like this need no initial copy
+    #[arg(long)]
+    pub zero: bool,
+    /// Do not ask before metadata or data is discarded
     #[arg(long)]
     pub yes: bool,
     #[command(flatten)]

@@ -94,16 +94,29 @@ fn tell(created: &Created) {
 
 fn create(place: &Place, options: &VolumeCreate) -> Outcome {
     let config = place.configuration()?;
+    let service = &options.service;
+    let mut loss = String::new();
     if options.overwrite_metadata {
-        let loss = dump::loss(&config, &options.service, None).map_err(failed)?;
-        let doing = format!(
-            "Making service {} anew; this copy forgets what it was:",
-            options.service
-        );
+        loss += &dump::loss(&config, service, None).map_err(failed)?;
+    }
+    if options.zero {
+        loss += &create::contents(&config, service).map_err(failed)?;
+    }
+    if !loss.is_empty() {
+        let doing = match (options.overwrite_metadata, options.zero) {
+            (true, true) => format!(
+                "Making service {service} anew and writing zeroes over all of it; this copy forgets what it was:"
+            ),
+            (true, false) => {
+                format!("Making service {service} anew; this copy forgets what it was:")
+            }
+            (false, _) => format!("Writing zeroes over the volumes of service {service}:"),
+        };
         consent::ask(&doing, &loss, options.yes)?;
     }
     let chosen = CreateOptions {
         overwrite_metadata: options.overwrite_metadata,
+        zero: options.zero,
         ..options.sizes.options()?
     };
     tell(&create::create(&config, &options.service, &chosen).map_err(failed)?);

@@ -6,8 +6,10 @@
 //! internal metadata the locator, flush.
 
 pub mod detect;
+mod forget;
 mod grow;
 
+pub use forget::{contents, remove};
 pub use grow::{Grown, grow, grow_telling};
 
 use crate::config::{Config, MetadataPlace, NodeRef, ServiceConfig, VolumeConfig};
@@ -314,6 +316,12 @@ fn make(
         volumes: service.volumes.iter().map(of_volume).collect(),
     })?;
     let mut hints = Hints::load(state_dir);
+    if options.zero {
+        // No metadata may count beside data that is half zeroed.
+        for volume in &prepared {
+            forget::old_metadata(volume)?;
+        }
+    }
     for volume in &prepared {
         if options.zero && !volume.zeroed {
             Told {
@@ -621,58 +629,6 @@ fn write(volume: &Prepared, id: Uuid, images: &[(MetaPlace, Vec<u8>)]) -> Result
         volume.data.sync().map_err(failed)?;
     }
     Ok(())
-}
-
-/// Makes this node's copy of a volume forget that it is one: superblocks and locator are overwritten. Data stays.
-///
-/// # Errors
-/// The volume is in use, or cannot be written.
-pub fn remove(config: &Config, service: &str, volume: &str) -> Result<(), VolumeError> {
-    let service = find(config, service)?;
-    let found = service
-        .volume(volume)
-        .ok_or_else(|| VolumeError::NoVolume {
-            service: service.name.clone(),
-            volume: volume.to_owned(),
-            file: config.file.clone(),
-        })?;
-    let state_dir = &config.node.state_dir;
-    let mut hints = Hints::load(state_dir);
-    let hint = hints.size(&service.name, volume);
-    let opened = place::open(found, &OpenOptions::default(), hint)?;
-    let failed = |source| VolumeError::Write {
-        volume: volume.to_owned(),
-        source,
-    };
-    let metadata = opened.metadata();
-    metadata
-        .write_all_at(opened.base, &[0; 2 * BLOCK as usize])
-        .map_err(failed)?;
-    metadata.sync().map_err(failed)?;
-    if opened.external.is_none() {
-        let end = opened.base + opened.area_size;
-        // The locator is in the first whole block boundary behind the area or later, wherever it was found.
-        let at = [Some(opened.data.size()), hint]
-            .into_iter()
-            .flatten()
-            .filter_map(Locator::offset)
-            .filter(|at| *at >= end && at + BLOCK <= opened.data.size());
-        for at in at {
-            opened
-                .data
-                .write_all_at(at, &[0; BLOCK as usize])
-                .map_err(failed)?;
-        }
-        opened.data.sync().map_err(failed)?;
-    }
-    hints.remove(&service.name, volume);
-    hints.store(state_dir).map_err(|source| VolumeError::File {
-        what: format!(
-            "the metadata is gone, but {} could not be written",
-            state_dir.display()
-        ),
-        source,
-    })
 }
 
 /// The slot of a service's own copy and of its peers, for messages.

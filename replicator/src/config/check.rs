@@ -103,10 +103,19 @@ impl Place {
     }
 }
 
+/// Loop devices over files on loop devices, and so on: no more levels than this are followed.
+const LEVELS: u32 = 8;
+
 /// What is mounted where.
 struct Mounts {
-    /// Mount point and source, the later ones on top.
-    entries: Vec<(PathBuf, PathBuf)>,
+    /// Mount point, source and filesystem, the later ones on top.
+    entries: Vec<Mount>,
+}
+
+struct Mount {
+    point: PathBuf,
+    source: PathBuf,
+    filesystem: String,
 }
 
 impl Mounts {
@@ -121,29 +130,88 @@ impl Mounts {
             .filter_map(|line| {
                 let (before, after) = line.split_once(" - ")?;
                 let point = before.split(' ').nth(4)?;
-                let source = after.split(' ').nth(1)?;
-                Some((unescape(point), unescape(source)))
+                let mut after = after.split(' ');
+                let filesystem = after.next()?.to_owned();
+                let source = after.next()?;
+                Some(Mount {
+                    point: unescape(point),
+                    source: unescape(source),
+                    filesystem,
+                })
             })
             .collect();
         Mounts { entries }
     }
 
-    /// The device under `path` if a user-space process may be serving it.
+    /// The device or mount under `path`, however deep, if a user-space process may be serving it.
     fn network_block_device(&self, path: &Path) -> Option<PathBuf> {
+        self.served(path, Path::new("/sys"), LEVELS, false)
+    }
+
+    /// `carries`: the path holds what a block device stands on.
+    fn served(&self, path: &Path, sys: &Path, levels: u32, carries: bool) -> Option<PathBuf> {
+        let levels = levels.checked_sub(1)?;
         // The file may not exist yet: its nearest existing ancestor counts.
         let real = path
             .ancestors()
             .find_map(|ancestor| std::fs::canonicalize(ancestor).ok())?;
-        if is_served(&real) {
-            return Some(real);
+        if let Ok(device) = real.strip_prefix("/dev") {
+            if is_served(&real) {
+                return Some(real);
+            }
+            if let Some(name) = device.to_str().filter(|name| !name.contains('/')) {
+                // A partition has no directory of its own there; the device it is on does.
+                let under = below(sys, name);
+                let mut found = under
+                    .iter()
+                    .filter_map(|path| self.served(path, sys, levels, true));
+                if let Some(found) = found.next() {
+                    return Some(found);
+                }
+            }
         }
-        let (_, source) = self
+        let mount = self
             .entries
             .iter()
-            .filter(|(point, _)| real.starts_with(point))
-            .max_by_key(|(point, _)| point.as_os_str().len())?;
-        is_served(source).then(|| source.clone())
+            .filter(|mount| real.starts_with(&mount.point))
+            .max_by_key(|mount| mount.point.as_os_str().len())?;
+        // What block devices are made of on a FUSE filesystem, a process serves: nbdfuse and its like say no more of themselves.
+        let by_fuse = mount.filesystem == "fuse" || mount.filesystem.starts_with("fuse.");
+        if by_fuse && (carries || mount.filesystem.contains("nbdfuse")) {
+            return Some(mount.point.clone());
+        }
+        if is_served(&mount.source) {
+            return Some(mount.source.clone());
+        }
+        if mount.source.starts_with("/dev") && mount.source != real {
+            return self.served(&mount.source, sys, levels, carries);
+        }
+        None
     }
+}
+
+/// What a block device stands on, as far as the kernel says: the file under a loop device, the devices under a mapped one (LVM,
+/// dm-crypt, multipath) or a RAID.
+fn below(sys: &Path, name: &str) -> Vec<PathBuf> {
+    let class = sys.join("class/block").join(name);
+    // Of a partition the whole device; both are links into one tree.
+    let whole = std::fs::canonicalize(&class)
+        .ok()
+        .filter(|real| real.join("partition").exists())
+        .and_then(|real| Some(real.parent()?.to_owned()))
+        .unwrap_or(class);
+    let mut under = Vec::new();
+    if let Ok(file) = std::fs::read_to_string(whole.join("loop/backing_file")) {
+        under.push(PathBuf::from(file.trim_end_matches('\n')));
+    }
+    if let Ok(slaves) = std::fs::read_dir(whole.join("slaves")) {
+        under.extend(
+            slaves
+                .flatten()
+                .map(|slave| Path::new("/dev").join(slave.file_name())),
+        );
+    }
+    under
 }
 
 fn is_served(device: &Path) -> bool {
@@ -192,7 +260,7 @@ mod tests {
     #[test]
     fn a_path_under_a_served_device_is_found() {
         let mounts = Mounts::parse(MOUNTS);
-        assert_eq!(mounts.entries[1].0, Path::new("/srv/on nbd"));
+        assert_eq!(mounts.entries[1].point, Path::new("/srv/on nbd"));
         assert_eq!(
             mounts.network_block_device(Path::new("/usr/bin")),
             Some("/dev/ublkb3".into())
@@ -205,6 +273,51 @@ mod tests {
         assert!(is_served(Path::new("/dev/nbd12")));
         assert!(!is_served(Path::new("/dev/nbdkit")));
         assert!(!is_served(Path::new("/dev/sda1")));
+    }
+
+    /// A device below others: /dev/null stands for a file of the machine, what is on it is made up.
+    #[test]
+    fn what_a_device_stands_on_is_followed() {
+        let sys = tempfile::tempdir().unwrap();
+        let block = sys.path().join("class/block");
+        let dir = tempfile::tempdir().unwrap();
+        let image = dir.path().join("image");
+        std::fs::write(&image, "x").unwrap();
+        std::fs::create_dir_all(block.join("null/loop")).unwrap();
+        std::fs::write(
+            block.join("null/loop/backing_file"),
+            format!("{}\n", image.display()),
+        )
+        .unwrap();
+        std::fs::create_dir_all(block.join("zero/slaves/null")).unwrap();
+        let over = |filesystem: &str, source: &str| {
+            let image = dir.path().display();
+            Mounts::parse(&format!(
+                "22 1 254:1 / / rw - ext4 /dev/vda1 rw\n30 22 0:50 / {image} rw - {filesystem} {source} rw\n"
+            ))
+        };
+        let top = Path::new("/dev/zero");
+        let found = |mounts: Mounts| mounts.served(top, sys.path(), LEVELS, false);
+        assert_eq!(
+            found(over("ext4", "/dev/nbd3p1")),
+            Some("/dev/nbd3p1".into())
+        );
+        // A file of a process's filesystem carries no state by itself; a device made of it does.
+        assert_eq!(
+            found(over("fuse", "/dev/fuse")),
+            Some(dir.path().to_owned())
+        );
+        let direct = over("fuse", "/dev/fuse");
+        assert_eq!(direct.served(&image, sys.path(), LEVELS, false), None);
+        assert_eq!(
+            found(over("fuse.nbdfuse", "nbdfuse")),
+            Some(dir.path().to_owned())
+        );
+        assert_eq!(found(over("fuseblk", "/dev/vdb")), None);
+        assert_eq!(found(over("ext4", "/dev/vdb")), None);
+        // A circle ends.
+        std::fs::create_dir_all(block.join("null/slaves/zero")).unwrap();
+        assert_eq!(found(over("ext4", "/dev/vdb")), None);
     }
 
     fn config(dir: &Path, second: &str) -> Config {

@@ -220,6 +220,100 @@ impl Drop for Loop {
     }
 }
 
+/// A filesystem on a loop device over a file that a process serves blocks through, where this machine has all of that.
+struct Served {
+    fuse: PathBuf,
+    mounted: PathBuf,
+    device: Option<Loop>,
+    server: std::process::Child,
+}
+
+impl Served {
+    fn mount(root: &Path) -> Option<Served> {
+        let (fuse, mounted) = (root.join("fuse"), root.join("mounted"));
+        std::fs::create_dir_all(&fuse).unwrap();
+        std::fs::create_dir_all(&mounted).unwrap();
+        let server = Command::new("nbdfuse")
+            .arg(&fuse)
+            .args(["--command", "nbdkit", "-s", "memory", "64M"])
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null())
+            .spawn();
+        let Ok(server) = server else {
+            eprintln!("skipped: no nbdfuse here");
+            return None;
+        };
+        let mut served = Served {
+            fuse,
+            mounted,
+            device: None,
+            server,
+        };
+        let file = served.fuse.join("nbd");
+        let start = std::time::Instant::now();
+        while !file.exists() {
+            let ended = served.server.try_wait().unwrap().is_some();
+            if ended || start.elapsed() > std::time::Duration::from_secs(20) {
+                eprintln!("skipped: nbdfuse or nbdkit does not work here");
+                return None;
+            }
+            std::thread::sleep(std::time::Duration::from_millis(10));
+        }
+        let device = Loop::over(&file)?;
+        let made = Command::new("mkfs.ext4").arg("-q").arg(&device.0).status();
+        let mount = Command::new("mount")
+            .arg(&device.0)
+            .arg(&served.mounted)
+            .status();
+        served.device = Some(device);
+        let works = [made, mount]
+            .iter()
+            .all(|step| step.as_ref().is_ok_and(|status| status.success()));
+        if !works {
+            eprintln!("skipped: mkfs.ext4 or mount does not work here");
+        }
+        works.then_some(served)
+    }
+}
+
+impl Drop for Served {
+    fn drop(&mut self) {
+        let _ = Command::new("umount").arg(&self.mounted).output();
+        drop(self.device.take());
+        let _ = Command::new("umount").arg(&self.fuse).output();
+        let _ = self.server.kill();
+        let _ = self.server.wait();
+    }
+}
+
+/// While the replicator waits for its state to be written, the volume below it may be waiting for the replicator.
+#[tokio::test]
+async fn state_on_a_volume_that_a_process_serves_is_refused_through_loop_and_fuse() {
+    let root = tempfile::tempdir().unwrap();
+    let settings = Settings::default();
+    let [node, _] = two_nodes(root.path());
+    let Some(served) = Served::mount(root.path()) else {
+        return;
+    };
+    let mut config = node.config(&settings, None);
+    config.node.state_dir = served.mounted.clone();
+    let text = refusal(config).await;
+    says(
+        &text,
+        &[
+            "node.state_dir",
+            "mounted",
+            "fuse",
+            "served by a process",
+            "move the state to a local disk",
+        ],
+    );
+    let mut config = node.config(&settings, None);
+    config.services[0].volumes[0].backing = served.mounted.join("data.img");
+    let text = refusal(config).await;
+    says(&text, &["data.img", "fuse", "wait for itself"]);
+}
+
 #[test]
 fn a_mounted_device_is_left_alone() {
     let root = tempfile::tempdir().unwrap();
