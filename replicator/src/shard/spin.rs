@@ -2,13 +2,15 @@
 //!
 //! A thread that sleeps is woken in 30 to 60 µs where processors sleep too (a virtual machine, above all); an acknowledgement that
 //! is on its way for less than that is fetched sooner by a thread that looks again and again. That costs a processor, so
-//! it is tried for [`Spin::budget`] after each event, less and less often where nothing comes in that time, and not at all while
+//! it is tried for some time after each event, less and less often where nothing comes in that time, and not at all while
 //! another thread wants the processor.
 
 use std::time::Duration;
 
-/// Longest wait awake.
-pub const BUDGET: Duration = Duration::from_micros(100);
+/// Longest wait awake, unless it is set.
+pub const BUDGET: Duration = Duration::from_micros(50);
+/// Processors from which on one is to spare.
+const SPARE: usize = 4;
 /// Between two looks; one that takes longer was interrupted by somebody who needs the processor more.
 const INTERRUPTED: Duration = Duration::from_micros(300);
 /// How long the processor is left to others after that.
@@ -54,9 +56,10 @@ impl Spin {
         }
     }
 
-    /// As long as is sane where this process may use `processors` of them: with one only, whoever is waited for could not run.
+    /// As long as is sane where this process may use `processors` of them. The application and the kernel's network want one each beside
+    /// this thread; with fewer, waiting awake takes from them what it gains (docs/performance.md).
     pub fn sane_budget(processors: usize) -> Duration {
-        if processors > 1 {
+        if processors >= SPARE {
             BUDGET
         } else {
             Duration::ZERO
@@ -176,9 +179,10 @@ mod tests {
     }
 
     #[test]
-    fn one_processor_or_no_budget_means_never() {
+    fn few_processors_or_no_budget_means_never() {
         assert_eq!(Spin::sane_budget(1), Duration::ZERO);
-        assert_eq!(Spin::sane_budget(2), BUDGET);
+        assert_eq!(Spin::sane_budget(SPARE - 1), Duration::ZERO);
+        assert_eq!(Spin::sane_budget(SPARE), BUDGET);
         assert!(!Spin::new(Duration::ZERO).event(us(5)));
     }
 }
