@@ -3,7 +3,7 @@
 use simulator::{Coverage, Plan, Trace, run, shrink};
 use std::process::ExitCode;
 use std::sync::Mutex;
-use std::sync::atomic::{AtomicU64, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const USAGE: &str =
@@ -13,7 +13,9 @@ const USAGE: &str =
 Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 if a seed fails.
 --seed S      replays one seed, makes its schedule smaller and prints the timeline
 --repeat      runs the seed twice and says where the two runs part, if they do
---copies N    only seeds with so many copies
+--copies N    only seeds with so many copies, beside those of simulator/seeds.txt
+--skip        leaves these seeds out
+--first-failure  no more seeds once one fails
 --without     leaves faults of these kinds out (names as in the report, spaces as '-')";
 
 struct Arguments {
@@ -24,6 +26,8 @@ struct Arguments {
     shrink: bool,
     everything: bool,
     repeat: bool,
+    first_failure: bool,
+    skip: Vec<u64>,
     threads: usize,
     without: Vec<String>,
     copies: Option<u64>,
@@ -38,6 +42,8 @@ fn arguments() -> Result<Arguments, String> {
         shrink: true,
         everything: false,
         repeat: false,
+        first_failure: false,
+        skip: Vec::new(),
         threads: std::thread::available_parallelism()
             .map_or(2, |n| n.get())
             .min(2),
@@ -60,8 +66,16 @@ fn arguments() -> Result<Arguments, String> {
             "--copies" => a.copies = Some(number()?),
             "--json" => a.json = true,
             "--no-shrink" => a.shrink = false,
+            "--first-failure" => a.first_failure = true,
             "--repeat" => a.repeat = true,
             "--everything" => a.everything = true,
+            "--skip" => {
+                let list = words.next().ok_or("--skip needs a list")?;
+                for seed in list.split(',').filter(|s| !s.is_empty()) {
+                    let seed = seed.parse().map_err(|_| "--skip needs seeds")?;
+                    a.skip.push(seed);
+                }
+            }
             "--without" => {
                 let list = words.next().ok_or("--without needs a list")?;
                 a.without
@@ -169,6 +183,7 @@ fn many(arguments: &Arguments) -> ExitCode {
             .unwrap_or_else(|| arguments.first + i - known.len() as u64)
     };
     let next = AtomicU64::new(0);
+    let failed = AtomicBool::new(false);
     let sum = Mutex::new((Coverage::default(), Vec::<(u64, String)>::new()));
     let started = Instant::now();
     std::thread::scope(|scope| {
@@ -176,12 +191,17 @@ fn many(arguments: &Arguments) -> ExitCode {
             scope.spawn(|| {
                 loop {
                     let i = next.fetch_add(1, Ordering::Relaxed);
-                    if i >= total {
+                    if i >= total || (arguments.first_failure && failed.load(Ordering::Relaxed)) {
                         return;
                     }
                     let seed = seed_at(i);
+                    if arguments.skip.contains(&seed) {
+                        continue;
+                    }
                     let plan = plan_of(seed, &arguments.without);
-                    if arguments.copies.is_some_and(|n| n != plan.copies as u64) {
+                    // Seeds that failed once are always run.
+                    let fresh = i >= known.len() as u64;
+                    if fresh && arguments.copies.is_some_and(|n| n != plan.copies as u64) {
                         continue;
                     }
                     let outcome = run(&plan, Trace::Off);
@@ -192,6 +212,7 @@ fn many(arguments: &Arguments) -> ExitCode {
                             let line = failure.lines().next().unwrap_or_default();
                             println!("seed {seed} FAILS: {line}");
                         }
+                        failed.store(true, Ordering::Relaxed);
                         sum.1.push((seed, failure));
                     }
                 }
@@ -217,6 +238,7 @@ fn many(arguments: &Arguments) -> ExitCode {
         "seeds": coverage.seeds,
         "failures": failures.len(),
         "failing_seeds": failures.iter().map(|f| f.0).collect::<Vec<_>>(),
+        "first_failure": failures.first().and_then(|f| f.1.lines().next()),
         "seconds": seconds,
         "seeds_per_second": rate,
         "virtual_hours": hours,

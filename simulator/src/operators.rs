@@ -204,7 +204,7 @@ impl World {
         self.create_disk(node, false);
         self.nodes[node].may_be_blank = true;
         self.nodes[node].last_state = (255, 255);
-        self.oracle.given_up(node);
+        self.oracle.given_up(self.now, node);
         self.coverage.count("faults", "disk replaced");
     }
 

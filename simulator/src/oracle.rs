@@ -79,6 +79,8 @@ pub struct Oracle {
     holders: SlotSet,
     /// Copies whose data a person gave up, until they were filled again.
     destroyed: SlotSet,
+    /// By copy: when a person last gave up its data.
+    given_up_at: Vec<Option<u64>>,
     positions: BTreeMap<(u64, u64), (u64, u64)>,
     pub checked_promotions: u64,
     pub checked_reads: u64,
@@ -107,6 +109,7 @@ impl Oracle {
             forked: false,
             holders: SlotSet::EMPTY,
             destroyed: SlotSet::EMPTY,
+            given_up_at: vec![None; copies],
             positions: BTreeMap::new(),
             checked_promotions: 0,
             checked_reads: 0,
@@ -444,6 +447,14 @@ impl Oracle {
 
     fn settle(&mut self, now: u64, node: usize, view: &[Vec<u64>]) {
         for (volume, held) in view.iter().enumerate() {
+            // What the base explains, certain or not, is what it is from here on.
+            for (sector, value) in held.iter().enumerate() {
+                if self.base[volume][sector] != *value
+                    && self.explain(volume, sector as u64, *value, node) == Some(None)
+                {
+                    self.base[volume][sector] = *value;
+                }
+            }
             let sectors: Vec<u64> = self.history[volume].keys().copied().collect();
             for sector in sectors {
                 let value = held[sector as usize];
@@ -625,8 +636,10 @@ impl Oracle {
 
     /// A person gave up what this copy holds: its disk was replaced, or it was told to take another's data. What no
     /// other copy has to have is gone, and nobody broke a promise.
-    pub fn given_up(&mut self, node: usize) {
+    pub fn given_up(&mut self, now: u64, node: usize) {
         self.destroyed = self.destroyed.with(Slot(node as u8));
+        self.given_up_at[node] = Some(now);
+        self.unclean(now);
         if self.tenures.is_empty() {
             return;
         }
@@ -690,8 +703,10 @@ impl Oracle {
     }
 
     fn unclean(&mut self, now: u64) {
-        self.losses
-            .push((now, self.lost_since.clone(), self.killed_since.clone()));
+        // For what others kept in a cache, a copy that was given up is one that lost it.
+        let lost = self.lost_since.iter().zip(&self.given_up_at);
+        let lost = lost.map(|(l, g)| (*l).max(*g)).collect();
+        self.losses.push((now, lost, self.killed_since.clone()));
     }
 
     /// Both copies were seen equal and established: what one had lost is back.
@@ -699,6 +714,7 @@ impl Oracle {
         for node in [a, b] {
             self.lost_since[node] = None;
             self.killed_since[node] = None;
+            self.given_up_at[node] = None;
         }
     }
 

@@ -578,7 +578,7 @@ impl World {
                 ));
             }
             if before != CopyState::Blank as u8 {
-                self.oracle.given_up(node);
+                self.oracle.given_up(self.now, node);
             }
         } else if probe.state != CopyState::Blank && self.nodes[node].admin.is_empty() {
             self.nodes[node].may_be_blank = false;
