@@ -422,7 +422,8 @@ impl Oracle {
                     }
                 }
             }
-        } else if !self.forked {
+        } else if !self.forked && !self.destroyed.contains(Slot(node as u8)) {
+            // (One that a person gave up holds no point in time, and whoever forces it is told so.)
             result = self.is_a_point_in_time(node, &view);
         }
         self.settled_set = set;
@@ -668,6 +669,7 @@ impl Oracle {
         self.rebase(now, set, view);
         self.settled_set = set;
         self.holders = set;
+        self.destroyed = SlotSet::EMPTY;
         for (id, write) in self.writes.iter().enumerate() {
             if write.tenure != tenure || write.ended.is_some() {
                 continue;

@@ -566,7 +566,9 @@ impl World {
             self.oracle
                 .held_by(node, probe.in_sync.union(probe.required));
         }
-        if matches!(probe.state, CopyState::UpToDate | CopyState::Complete) {
+        if matches!(probe.state, CopyState::UpToDate | CopyState::Complete)
+            && probe.role == Role::Secondary
+        {
             self.oracle.filled_again(node);
         }
         let before = self.nodes[node].last_state.0;
