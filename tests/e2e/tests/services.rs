@@ -469,3 +469,51 @@ fn an_asynchronous_copy_holds_a_beginning_of_the_order_of_all_volumes() {
     cluster.stop();
     cluster.same_bytes(&[0, 1]);
 }
+
+/// A write to one volume that a copy's disk holds back holds back what depends on it on the other volume (D3).
+#[test]
+fn a_write_that_a_copys_disk_holds_back_holds_back_what_depends_on_it() {
+    let seed = random::seed("order, held write");
+    let mut cluster = Cluster::start(&Settings {
+        volumes: vec![("data", DATA), ("log", LOG)],
+        mode: "async",
+        on_peer_loss: "continue",
+        backing: Backing::Faults,
+        external_metadata: true,
+        ..Settings::default()
+    });
+    cluster[0].promote();
+    let order = Order::new(seed, &[DATA, LOG]);
+    let writing = chains(&cluster, 0, &order, seed);
+    cluster[1].until("something arrived", |copy| copy.position > 0);
+    for volume in ["data", "log"] {
+        // What its disk wrote survives its process.
+        cluster[1].faults(volume).tell("cache off");
+    }
+    let disk = cluster[1].faults("data");
+    disk.tell(&format!("hang write 0 {DATA}"));
+    let start = Instant::now();
+    while disk.figure("held") == 0 {
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "nothing was held"
+        );
+        std::thread::sleep(Duration::from_millis(5));
+    }
+    // The primary says several times that more is stable, which lets an asynchronous copy go on as far as order allows.
+    for _ in 0..3 {
+        let position = cluster[0].service().position;
+        writing.until_acknowledged(50);
+        cluster[0].until("more is stable", |service| {
+            service.stable_position > position
+        });
+    }
+    cluster[1].kill();
+    cluster[0].kill();
+    writing.end();
+    cluster[1].start();
+    cluster[1].force();
+    let kept = order.settle(Loss::Unflushed, "with a held write", reader(&cluster, 1));
+    eprintln!("{kept:?}");
+    assert!(kept.writes > 0 && kept.lost > 0, "{kept:?}");
+}
