@@ -46,6 +46,8 @@ struct Good {
 async fn good(root: &std::path::Path, role: RoleName) -> Good {
     let settings = Settings::default();
     let [mut node, rogue_node] = two_nodes(root);
+    // The rogue sends no heartbeats, and a busy machine may keep it from its next words for a while.
+    node.more = "[service.tuning]\npeer_timeout_ms = 60000\n".into();
     node.create(&settings);
     let address = node.start(&settings, None).await;
     if role == RoleName::Primary {

@@ -57,6 +57,16 @@ async fn a_copy_that_is_away_falls_behind_in_seconds_and_catches_up_to_none() {
                 s.peers[0].lag_ms > report.peers[0].lag_ms
             })
             .await;
+        // What forcing the other copy, or discarding this one, would cost: whose, how much, since when.
+        let loss = alpha.command(Command::WhatWouldForceLose).await.unwrap();
+        for part in [
+            beta.name,
+            "blocks",
+            "bytes",
+            "last time this copy became primary: 2",
+        ] {
+            assert!(loss.contains(part), "{part:?} is missing in: {loss}");
+        }
         // What they decided last is said to be of the past.
         let handle = alpha.replicator.as_ref().unwrap().handle();
         let explained = handle.explain_handshake("db", beta.name).await.unwrap();
