@@ -220,10 +220,11 @@ impl Core {
                     && !p.diskless
             })
         };
-        let owner = Slot(self.sb.epoch_gate.owner);
+        // No slot, as long as nobody was promoted.
+        let owner = self.sb.epoch_gate.owner;
         let members = self.sb.in_sync.without(self.slot);
         self.sb.state == CopyState::Complete
-            && members.contains(owner)
+            && members.iter().any(|slot| slot.0 == owner)
             && members.iter().all(settled)
     }
 

@@ -115,10 +115,12 @@ fn a_copy_that_is_being_filled_fills_nobody() {
     for seed in 0..60 {
         let modes = [Mode::Sync, Mode::Sync, Mode::Async];
         let mut w = copies(seed, &modes, OnPeerLoss::Suspend);
+        // A slow one, so that the second resync meets the first.
         w.tuning.resync_chunk_bytes = 16 << 10;
+        w.tuning.resync_window_bytes = 16 << 10;
         ok(w.promote(0, false));
-        for at in 0..40 {
-            block(&mut w, 0, at * 3, 1 + at as u8);
+        for at in 0..120 {
+            block(&mut w, 0, at * 2, 1 + at as u8);
         }
         let some = 100 + w.rng.below(300) as usize;
         w.steps(some);
@@ -198,6 +200,10 @@ fn at_most_one_copy_goes_on_alone_after_half_a_promotion() {
     for promoting in [0, 1] {
         for step in 0.. {
             let mut w = pair(step as u64 * 2 + promoting as u64);
+            // The other copy owned the epoch before.
+            ok(w.promote(1 - promoting, false));
+            ok(w.command(1 - promoting, Command::Demote));
+            w.until("both are secondary", 4000, |w| w.settled(&[0, 1]));
             let admin = w.admin(promoting, Command::Promote { force: false });
             w.steps(step);
             let over = w.nodes[promoting].admin.contains_key(&admin);
@@ -410,5 +416,20 @@ fn a_full_copy_whose_source_restarts_leaves_no_block_out() {
                 )
         });
         assert_eq!(w.nodes[0].disk.data, w.nodes[1].disk.data, "seed {seed}");
+    }
+}
+
+/// A copy that is no member of S is asked to be promoted before anybody ever was: refused, and nothing breaks.
+#[test]
+fn a_follower_is_refused_before_the_first_epoch() {
+    for seed in 0..20 {
+        let modes = [Mode::Sync, Mode::Sync, Mode::Async];
+        let mut w = copies(seed, &modes, OnPeerLoss::Suspend);
+        ok(w.command(2, Command::Invalidate));
+        w.until("it is whole again", 20_000, |w| {
+            on_disk(w, 2).state == CopyState::Complete && w.settled(&[0, 2])
+        });
+        w.promote(2, false).expect_err("it is not in S");
+        ok(w.promote(0, false));
     }
 }
