@@ -1071,10 +1071,19 @@ impl Core {
         if self.go_diskless(what, out) {
             return;
         }
-        let text = format!(
-            "{what}: this copy is out of service, its data counts as lost until the disk is replaced; \
-             promote another copy"
-        );
+        let others = self.sb.in_sync.without(self.slot);
+        let text = if others.is_empty() {
+            // Nobody must be told to give away the only current data.
+            format!(
+                "{what}: this copy is out of service, and no other copy is known to hold everything: keep this disk. \
+                 Start the replicator again to have it tried again; replace the disk once another copy is in sync"
+            )
+        } else {
+            format!(
+                "{what}: this copy is out of service, its data counts as lost until the disk is replaced; \
+                 promote another copy"
+            )
+        };
         self.notice(Level::Error, "disk-failed", None, text, out);
         self.end_client_io(Status::Io, false, out);
         for at in 0..self.peers.len() {

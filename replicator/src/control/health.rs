@@ -10,9 +10,15 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
 
     match service.state {
         StateName::UpToDate | StateName::Complete => {}
-        StateName::Failed => say(
+        StateName::Failed if service.in_sync.iter().any(|slot| *slot != service.slot) => say(
             Severity::Critical,
             "the disk of this node's copy failed; only the other copies hold the data".into(),
+        ),
+        StateName::Failed => say(
+            Severity::Critical,
+            "the disk of this node's copy failed, and no other copy is known to hold everything: \
+             keep this disk"
+                .into(),
         ),
         StateName::Inconsistent => say(
             Severity::Degraded,
@@ -172,6 +178,16 @@ mod tests {
                 .any(|p| p.text == "beta is unreachable (timed out)"),
             "{found:?}"
         );
+    }
+
+    #[test]
+    fn nobody_is_told_to_give_the_only_current_data_away() {
+        let mut service = sample().services.remove(0);
+        service.state = StateName::Failed;
+        service.in_sync = vec![0, 1];
+        assert!(problems(&service)[0].text.contains("other copies hold"));
+        service.in_sync = vec![service.slot];
+        assert!(problems(&service)[0].text.contains("keep this disk"));
     }
 
     #[test]
