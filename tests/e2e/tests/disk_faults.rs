@@ -169,18 +169,19 @@ impl Pair {
         self.cluster[node].start();
     }
 
-    /// The other node takes over from a primary that is alive and has no disk.
-    #[track_caller]
-    fn move_the_service(&mut self) {
-        self.cluster[self.primary].demote();
-        self.primary = self.secondary();
-        self.cluster[self.primary].promote();
-    }
-
     #[track_caller]
     fn finish(mut self) {
         self.cluster.stop();
         self.cluster.same_bytes(&[0, 1]);
+    }
+}
+
+#[track_caller]
+fn until(what: &str, look: impl Fn() -> bool) {
+    let start = Instant::now();
+    while !look() {
+        assert!(start.elapsed() < PATIENCE, "waited in vain until {what}");
+        std::thread::sleep(Duration::from_millis(10));
     }
 }
 
@@ -201,7 +202,7 @@ fn a_primary_whose_disk_fails_goes_on_through_its_peer() {
         pair.disk(failed, failure);
         let text = pair.until_failed(failed);
         assert!(
-            text.contains("goes on through copy") && text.contains("replace the disk"),
+            text.contains("The service goes on through") && text.contains("replace the disk"),
             "{what}: {text}"
         );
         // Nobody who uses the volume sees an error.
@@ -389,8 +390,19 @@ fn a_silent_disk_is_told_of_and_may_speak_again() {
     speaks.all_is_well("a silent secondary");
     speaks.finish();
 
-    // As the event says: this node is stopped, and another copy promoted.
-    dies.cluster[0].stop();
+    // As the event says: this node is stopped, and another copy promoted. The first signal waits for the disk.
+    let terminate = || {
+        let pid = dies.cluster[0].pid().expect("it runs") as i32;
+        let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+        rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("an own child");
+    };
+    terminate();
+    until("it stops", || {
+        dies.cluster[0].log_tail(100).contains("stopping")
+    });
+    terminate();
+    until("it has ended", || dies.cluster[0].ended().is_some());
+    dies.cluster[0].kill();
     assert!(lost.end().in_flight > 0);
     dies.cluster[1].until_misses(0);
     dies.cluster[1].promote();
@@ -440,7 +452,9 @@ fn a_disk_fails_in_the_midst_of_a_resync() {
         } else if failure == "eio read" {
             // What cannot be saved is overwritten all the same, and said to be lost.
             let text = pair.until_event(target, "undo-lost");
-            eprintln!("{text}");
+            assert!(text.contains("The resync goes on"), "{what}: {text}");
+            pair.cluster.until_in_sync(source, &[0, 1]);
+            pair.disk(target, "heal");
         } else {
             let text = pair.until_failed(failed);
             assert!(
@@ -452,10 +466,6 @@ fn a_disk_fails_in_the_midst_of_a_resync() {
             pair.repair(failed);
             load.until_acknowledged(30);
             load.finish();
-        }
-        if pair.cluster[target].is_running() && failure == "eio read" {
-            pair.cluster.until_in_sync(source, &[0, 1]);
-            pair.disk(target, "heal");
         }
         pair.all_is_well(&what);
     }
