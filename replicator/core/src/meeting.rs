@@ -641,6 +641,14 @@ impl Core {
     // --- the source ---
 
     fn become_source(&mut self, at: usize, how: How, out: &mut Actions) {
+        // Greeted before another copy began to fill this one.
+        if self
+            .peers
+            .iter()
+            .any(|p| matches!(p.relation, Relation::Target | Relation::TargetPreparing))
+        {
+            return self.meet_again(at, "its source is being filled itself", out);
+        }
         let full = matches!(how, How::Full | How::FullByChecksum);
         self.peers[at].full_copy = full;
         let record = self.peers[at].record;

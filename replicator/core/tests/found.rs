@@ -139,8 +139,18 @@ fn a_copy_that_is_being_filled_fills_nobody() {
         w.until("copy 0 fills copy 1", 20_000, |w| {
             on_disk(w, 1).state == CopyState::Inconsistent
         });
-        let some = w.rng.below(400) as usize;
-        w.steps(some);
+        for _ in 0..w.rng.below(400) {
+            w.step();
+            let Some(core) = &w.nodes[1].core else {
+                continue;
+            };
+            let (probe, toward) = (core.probe(), core.probe_peer(Slot(2)));
+            assert!(
+                probe.state != CopyState::Inconsistent
+                    || toward.is_none_or(|(relation, _)| !relation.contains("source")),
+                "seed {seed}: copy 1 is being filled and fills copy 2 ({toward:?})"
+            );
+        }
         w.cut.clear();
         w.until("all are whole", 400_000, |w| {
             w.up_to_date(0)
