@@ -7,6 +7,7 @@ mod checks;
 mod clients;
 mod coverage;
 mod disk;
+pub mod mutants;
 mod network;
 mod operators;
 mod oracle;
@@ -31,6 +32,10 @@ pub struct Outcome {
     pub coverage: Coverage,
     /// The timeline, if it was asked for.
     pub trace: String,
+    /// A core noticed something itself: a panic, or a halt.
+    pub crashed: bool,
+    /// How often the planted defect was reached.
+    pub reached: u64,
 }
 
 /// How much of a timeline to keep.
@@ -74,6 +79,8 @@ fn report_panics() {
                     ..Coverage::default()
                 },
                 trace: TRACE.take(),
+                crashed: true,
+                reached: reached(),
             });
             loop {
                 std::thread::park();
@@ -85,11 +92,31 @@ fn report_panics() {
 /// Runs a plan once, on a thread of its own. A panic of a core is a failure like any other.
 #[must_use]
 pub fn run(plan: &Plan, trace: Trace) -> Outcome {
+    run_with(plan, trace, None)
+}
+
+fn choose(defect: Option<usize>) {
+    #[cfg(feature = "planted")]
+    holdfast_replicator_core::planted::choose(defect);
+    #[cfg(not(feature = "planted"))]
+    let _ = defect;
+}
+
+fn reached() -> u64 {
+    #[cfg(feature = "planted")]
+    return holdfast_replicator_core::planted::reached();
+    #[cfg(not(feature = "planted"))]
+    0
+}
+
+/// The same, with a defect planted in its cores, by its place in the table of them.
+pub(crate) fn run_with(plan: &Plan, trace: Trace, defect: Option<usize>) -> Outcome {
     report_panics();
     let plan = plan.clone();
     let (sender, receiver) = channel();
     std::thread::spawn(move || {
         REPORT.with(|r| r.replace(Some(sender.clone())));
+        choose(defect);
         let mut world = World::new(plan);
         if trace != Trace::Off {
             world.keep_trace(trace == Trace::Everything);
@@ -102,11 +129,15 @@ pub fn run(plan: &Plan, trace: Trace) -> Outcome {
             failure,
             coverage,
             trace: TRACE.take(),
+            crashed: world.halted,
+            reached: reached(),
         });
     });
     receiver.recv().unwrap_or_else(|_| Outcome {
         failure: Some("the run ended without a result".into()),
         coverage: Coverage::default(),
         trace: String::new(),
+        crashed: true,
+        reached: 0,
     })
 }

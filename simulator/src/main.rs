@@ -1,6 +1,6 @@
 //! `cargo run --release -p simulator -- --seeds N [--first-seed S] [--json]`, or `--seed S` to look at one.
 
-use simulator::{Coverage, Plan, Trace, run, shrink};
+use simulator::{Coverage, Plan, Trace, mutants, run, shrink};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str =
     "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--without KIND,KIND]
+       simulator mutants [--seeds N] [--json] [--list] [--threads T] [NAME...]
        simulator --seed S [--no-shrink] [--everything] [--repeat] [--without KIND,KIND]
 
 Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 if a seed fails.
@@ -44,9 +45,7 @@ fn arguments() -> Result<Arguments, String> {
         repeat: false,
         first_failure: false,
         skip: Vec::new(),
-        threads: std::thread::available_parallelism()
-            .map_or(2, |n| n.get())
-            .min(2),
+        threads: threads(),
         without: Vec::new(),
         copies: None,
     };
@@ -94,7 +93,48 @@ fn plan_of(seed: u64, without: &[String]) -> Plan {
     plan
 }
 
+fn threads() -> usize {
+    std::thread::available_parallelism().map_or(2, |n| n.get())
+}
+
+fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, String> {
+    let mut a = mutants::Arguments {
+        seeds: 2000,
+        json: false,
+        list: false,
+        threads: threads(),
+        names: Vec::new(),
+    };
+    let mut words = words;
+    while let Some(word) = words.next() {
+        let mut number = || {
+            words
+                .next()
+                .and_then(|w| w.parse::<u64>().ok())
+                .ok_or_else(|| format!("{word} needs a number"))
+        };
+        match word.as_str() {
+            "--seeds" => a.seeds = number()?,
+            "--threads" => a.threads = number()?.clamp(1, 64) as usize,
+            "--json" => a.json = true,
+            "--list" => a.list = true,
+            other if other.starts_with('-') => return Err(format!("unknown argument {other}")),
+            _ => a.names.push(word),
+        }
+    }
+    Ok(a)
+}
+
 fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some("mutants") {
+        return match mutants(std::env::args().skip(2)) {
+            Ok(a) => mutants::run(&a),
+            Err(text) => {
+                eprintln!("{text}\n{}", mutants::USAGE);
+                ExitCode::from(2)
+            }
+        };
+    }
     let arguments = match arguments() {
         Ok(a) => a,
         Err(text) => {

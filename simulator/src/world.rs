@@ -157,6 +157,8 @@ pub struct World {
     next_admin: u64,
     pub(crate) faults_over: bool,
     pub(crate) finished: bool,
+    /// A core said that it cannot go on.
+    pub(crate) halted: bool,
 }
 
 pub(crate) const SERVICE: Uuid = Uuid(0x1111_2222_3333_4444_5555_6666_7777_8888);
@@ -226,6 +228,7 @@ impl World {
             next_admin: 1,
             faults_over: false,
             finished: false,
+            halted: false,
             plan,
         };
         for node in 0..copies {
@@ -828,7 +831,10 @@ impl World {
                 }
                 self.noticed(node, &notice);
             }
-            Action::Halt { reason } => self.fail(format!("node {node} halts: {reason}")),
+            Action::Halt { reason } => {
+                self.halted = true;
+                self.fail(format!("node {node} halts: {reason}"));
+            }
         }
     }
 

@@ -414,14 +414,16 @@ impl Core {
                     if let Some(bitmap) = peer.bitmaps.get_mut(key.volume.0 as usize) {
                         let offset = u64::from(key.extent) << sb.extent_shift;
                         let size = bitmap.size();
-                        if offset < size {
+                        if offset < size && !planted!("log-forgotten") {
                             bitmap.set(offset, (1u64 << sb.extent_shift).min(size - offset));
                         }
                     }
                 }
                 // A full copy marks everything in memory, and durably only that it is one: how far it came is known
                 // only if this copy stopped in order.
-                if every_block_counts || sb.peers[peer.record].full_copy {
+                if every_block_counts
+                    || (sb.peers[peer.record].full_copy && !planted!("full-copy-forgotten"))
+                {
                     for bitmap in &mut peer.bitmaps {
                         bitmap.set_all();
                     }
@@ -454,7 +456,7 @@ impl Core {
             commit: Commit::default(),
             role: Role::Secondary,
             attached: false,
-            unclean_start: unclean,
+            unclean_start: unclean && !planted!("unclean-forgotten"),
             was_primary_before,
             failed: false,
             peers,

@@ -3,6 +3,9 @@
 //! Everything that can be wrong about data is decided here and runs in the simulator. `docs/core.md` has
 //! the states and transitions; comments name the invariants (D1–D18) they keep.
 
+#[macro_use]
+pub mod planted;
+
 pub mod activity_log;
 mod admin;
 pub mod api;

@@ -279,7 +279,9 @@ impl Core {
         if theirs.epoch.number > mine.epoch.number {
             // D11, C1: a newer epoch ends every older right to write.
             self.sb.epoch_gate = theirs.epoch;
-            if theirs.epoch.owner != theirs.slot.0 || !theirs.in_sync.contains(self.slot) {
+            let from_owner = theirs.epoch.owner == theirs.slot.0 || planted!("third-party-epoch");
+            let still_in_s = from_owner && theirs.in_sync.contains(self.slot);
+            if !still_in_s && !planted!("superseded-stays") {
                 // C1: its S went on without this copy, or may have: a copy that is not the owner raised its gate
                 // before it hears what the owner's S became, and the owner did not ask this one. That must be
                 // durable together with the epoch: an owner that is not this copy is what allows an unforced
@@ -289,7 +291,8 @@ impl Core {
                 self.sb.flags.solo = false;
             }
             self.commit(Then::Nothing, out);
-            if matches!(self.role, Role::Primary | Role::Promoting) {
+            let serves = matches!(self.role, Role::Primary | Role::Promoting);
+            if serves && !planted!("superseded-goes-on") {
                 let text = format!(
                     "copy {} knows epoch {} of copy {}, newer than {}: this copy stops being primary",
                     theirs.slot.0, theirs.epoch.number, theirs.epoch.owner, mine.epoch.number
@@ -547,7 +550,7 @@ impl Core {
                     | Relation::Source
                     | Relation::Joining { .. }
             );
-            if other != at && fills {
+            if other != at && fills && !planted!("filled-and-filling") {
                 self.meet_again(other, "its source is being filled itself", out);
             }
         }
@@ -611,6 +614,7 @@ impl Core {
             let bitmap = &self.peers[at].bitmaps[volume];
             let pages: Vec<(u64, Vec<u64>)> = bitmap
                 .pages_with_bits()
+                .filter(|_| !planted!("own-bits-not-told"))
                 .map(|page| match bitmap.page(page) {
                     PageContent::Partial(words) => (page, words.to_vec()),
                     _ => (page, Vec::new()),
@@ -857,6 +861,7 @@ impl Core {
             self.peers[at].was_primary = was_primary;
         }
         let follower = was_primary && matches!(relation, Relation::Established);
+        let follower = follower && !planted!("received-is-dropped");
         if !follower && !orphaned && self.peers[at].inbox.kept.is_none() {
             // A target in the middle: the source still has bits for all of it.
             self.drop_inbox(at, out);
@@ -1022,7 +1027,8 @@ impl Core {
             .collect();
         for entry in &entries {
             for peer in 0..self.peers.len() {
-                if peer != at || entry.position > stable {
+                if peer != at || (entry.position > stable && !planted!("follower-forgets-unstable"))
+                {
                     self.set_bits(peer, entry.volume, entry.offset, entry.length);
                 }
             }

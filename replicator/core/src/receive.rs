@@ -167,7 +167,8 @@ impl Core {
         out: &mut Actions,
     ) -> Option<usize> {
         let at = self.peer_index(slot)?;
-        if !self.peers[at].on(session) || self.role == Role::Detached {
+        let on_it = self.peers[at].on(session) || planted!("old-session-heard");
+        if !on_it || self.role == Role::Detached {
             return None;
         }
         if header.service_tag != (self.sb.service.0 >> 64) as u64 {
@@ -205,7 +206,7 @@ impl Core {
                 | FrameKind::DiskLost
                 | FrameKind::ReadRequest
         );
-        if gated && header.epoch.number < self.sb.epoch_gate.number {
+        if gated && header.epoch.number < self.sb.epoch_gate.number && !planted!("old-epoch") {
             self.counters.refused_frames += 1;
             let text = format!(
                 "a frame of epoch {} came, epoch {} was accepted since",
@@ -268,14 +269,14 @@ impl Core {
         if self.role != Role::Secondary {
             return self.bad_frame(at, "a write came to a copy that is not secondary", out);
         }
-        if header.epoch != self.sb.epoch_gate {
+        if header.epoch != self.sb.epoch_gate && !planted!("old-epoch") {
             return self.bad_frame(at, "a write of an epoch that was not announced", out);
         }
         let target = matches!(peer.relation, Relation::Target);
         if !target && header.generation != self.generation() {
             return self.bad_frame(at, "a write of a generation that was not announced", out);
         }
-        if header.position <= peer.inbox.last_position {
+        if header.position <= peer.inbox.last_position && !planted!("replayed-frame-applied") {
             return self.bad_frame(at, "positions must rise", out);
         }
         if !self.range_ok(header) {
@@ -284,7 +285,8 @@ impl Core {
         let async_copy = peer.their_mode == Mode::Async;
         let peer = &mut self.peers[at];
         peer.inbox.last_position = header.position;
-        peer.inbox.received_ack = peer.their_mode == Mode::SemiSync;
+        peer.inbox.received_ack =
+            peer.their_mode == Mode::SemiSync || planted!("received-is-acknowledged");
         if peer.inbox.queued_bytes + u64::from(header.length) > self.tuning.receive_bytes
             && async_copy
         {
@@ -310,7 +312,8 @@ impl Core {
         if !self.range_ok(header) {
             return self.bad_frame(at, "resync data outside its volume", out);
         }
-        if header.position <= self.peers[at].target.received_sequence {
+        let old = header.position <= self.peers[at].target.received_sequence;
+        if old && !planted!("replayed-frame-applied") {
             return self.bad_frame(at, "resync sequences must rise", out);
         }
         self.peers[at].target.received_sequence = header.position;
@@ -388,11 +391,11 @@ impl Core {
                     };
                     if op.kind == ApplyKind::Write {
                         // Async copies never run ahead of what every member of S has durably.
-                        if waits_for_stable && op.position > stable {
+                        if waits_for_stable && op.position > stable && !planted!("stable-ignored") {
                             break;
                         }
                         // D3.
-                        if op.dependency > applied {
+                        if op.dependency > applied && !planted!("dependency-ignored") {
                             break;
                         }
                     }
@@ -477,7 +480,12 @@ impl Core {
             });
         }
         // D4: the same order as at the primary.
-        if self.overlap.insert(key, volume.0, offset, length) == 0 {
+        let ordered = if planted!("overlap-ignored-by-peer") {
+            0
+        } else {
+            length
+        };
+        if self.overlap.insert(key, volume.0, offset, ordered) == 0 {
             self.apply_ordered(key, out);
         }
     }
@@ -519,7 +527,7 @@ impl Core {
         };
         let (volume, offset, length) = (op.volume, op.offset, op.length);
         if !op.tracked {
-            if op.kind == ApplyKind::Resync {
+            if op.kind == ApplyKind::Resync && !planted!("resync-leaves-no-trace") {
                 self.received_becomes_bits(key);
             }
             return self.apply_logged_or_free(key, false, out);
@@ -586,6 +594,9 @@ impl Core {
                     fua,
                 });
             }
+            (_, Data::Zero { .. }) if planted!("zero-not-applied") => {
+                self.apply_finished(key, Ok(()), None, out);
+            }
             (_, Data::Zero { unmap }) => {
                 out.push(Action::DiskZero {
                     op: id,
@@ -637,7 +648,7 @@ impl Core {
         self.ops.remove(key);
         self.leave_overlap(key, out);
         let verify = matches!(op.kind, ApplyKind::Verify { .. });
-        if result.is_err() && !verify {
+        if result.is_err() && !verify && !planted!("apply-error-ignored") {
             return self.disk_failed("a replicated write failed", out);
         }
         if !verify {
@@ -726,7 +737,8 @@ impl Core {
         let target = &self.peers[at].target;
         let more = resync_sequence > target.bits_saved
             && matches!(self.peers[at].relation, Relation::Target)
-            && self.peers.len() > 1;
+            && self.peers.len() > 1
+            && !planted!("acknowledged-before-bits");
         if more {
             self.peers[at].target.bits_saved = resync_sequence;
             if !self.save_unsaved_bits(out) {

@@ -298,6 +298,9 @@ impl Core {
                 source.done_bytes += u64::from(chunk.length);
             }
         }
+        if planted!("cleared-before-flush") {
+            self.resync_flushed(at, session, u64::MAX, out);
+        }
         self.pump_source(at, out);
     }
 
@@ -364,7 +367,7 @@ impl Core {
                 continue;
             }
             self.peers[at].source.acked_unflushed_bytes -= u64::from(chunk.length);
-            if !chunk.redirtied {
+            if !chunk.redirtied || planted!("redirtied-cleared") {
                 self.peers[at].bitmaps[chunk.volume.0 as usize]
                     .clear(chunk.offset, u64::from(chunk.length));
             }
@@ -532,7 +535,7 @@ impl Core {
         let Some(session) = self.peers[at].session else {
             return;
         };
-        if self.peers[at].oldest_unacked.is_some_and(|p| p <= through) {
+        if self.peers[at].oldest_unacked.is_some_and(|p| p <= through) && !planted!("joins-early") {
             return;
         }
         let slot = self.peers[at].slot;

@@ -167,7 +167,8 @@ impl Core {
             self.apply_kept(out);
         }
         // Everything received is applied first (an older primary's writes must not land later).
-        if self.applying() || self.commit_pending() {
+        let applying = self.applying() && !planted!("promoted-before-applying");
+        if applying || self.commit_pending() {
             return;
         }
         let connected: SlotSet = self
@@ -258,7 +259,7 @@ impl Core {
             durable: false,
             reason,
         });
-        if allowed.kind == PromotionKind::ForcedAfterRollback {
+        if allowed.kind == PromotionKind::ForcedAfterRollback && !planted!("rollback-skipped") {
             return self.undo_rollback(out);
         }
         self.ask_for_epoch(out);
@@ -272,7 +273,7 @@ impl Core {
             return;
         };
         let (epoch, waiting) = (promotion.epoch, promotion.waiting_for);
-        if !waiting.is_empty() && self.sb.epoch_gate != epoch {
+        if !waiting.is_empty() && self.sb.epoch_gate != epoch && !planted!("own-gate-late") {
             self.sb.epoch_gate = epoch;
             return self.commit(Then::EpochTaken { epoch }, out);
         }
@@ -327,7 +328,9 @@ impl Core {
         } else {
             GenerationCause::Promotion
         };
-        self.new_generation(cause);
+        if !self.unclean_start || !planted!("positions-reused") {
+            self.new_generation(cause);
+        }
         // Copies that did not agree leave S durably before this copy serves (they are unreachable).
         let mut in_sync = SlotSet::only(self.slot);
         for slot in self.sb.in_sync.iter() {

@@ -356,6 +356,10 @@ impl Core {
 
     /// Makes the present `self.sb` durable, then does `then`.
     pub(crate) fn commit(&mut self, then: Then, out: &mut Actions) {
+        if crate::planted::commit_not_awaited(&then) {
+            self.commit(Then::Nothing, out);
+            return self.then(then, out);
+        }
         self.commit.waiting.push(then);
         self.pump_commit(out);
     }

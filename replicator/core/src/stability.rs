@@ -19,6 +19,10 @@ impl Core {
     // --- local flushes ---
 
     pub(crate) fn flush_locally(&mut self, waiter: FlushFor, out: &mut Actions) {
+        if crate::planted::flush_left_out(&waiter) {
+            self.local_flushed = self.local_flushed.max(self.held_position());
+            return self.flushed_for(waiter, out);
+        }
         self.flush.waiting.push(waiter);
         self.pump_flush(out);
     }
@@ -67,7 +71,7 @@ impl Core {
         if self.failed {
             return;
         }
-        self.flush.failed |= result.is_err();
+        self.flush.failed |= result.is_err() && !planted!("flush-error-ignored");
         if self.flush.failed {
             // What the disk lost after a failed flush is unknown: never try again on top of it (D14).
             return self.disk_failed("a flush failed", out);
@@ -83,33 +87,37 @@ impl Core {
         self.flush.ending = true;
         self.local_flushed = self.local_flushed.max(self.flush.covers);
         for waiter in std::mem::take(&mut self.flush.running) {
-            match waiter {
-                FlushFor::Client(key) => {
-                    if let Some(Op::Client(op)) = self.ops.get_mut(key) {
-                        op.local_left = 0;
-                    }
-                    self.check_client(key, out);
-                }
-                FlushFor::Peer {
-                    peer,
-                    session,
-                    ticket,
-                    position,
-                    resync_sequence,
-                } => {
-                    self.peer_flush_done(peer, session, ticket, position, resync_sequence, out);
-                }
-                FlushFor::Complete { peer, session } => self.complete_flushed(peer, session, out),
-                FlushFor::Promotion => self.promotion_flushed(out),
-                FlushFor::DropPeer => self.drop_missing(out),
-                FlushFor::DropTarget { peer, session } => self.drop_target(peer, session, out),
-                FlushFor::Detach => self.detach_flushed(out),
-                FlushFor::Target { peer, session } => self.target_flushed(peer, session, out),
-                FlushFor::Rollback => self.rollback_flushed(out),
-            }
+            self.flushed_for(waiter, out);
         }
         self.trim_window(out);
         self.flush.ending = false;
+    }
+
+    fn flushed_for(&mut self, waiter: FlushFor, out: &mut Actions) {
+        match waiter {
+            FlushFor::Client(key) => {
+                if let Some(Op::Client(op)) = self.ops.get_mut(key) {
+                    op.local_left = 0;
+                }
+                self.check_client(key, out);
+            }
+            FlushFor::Peer {
+                peer,
+                session,
+                ticket,
+                position,
+                resync_sequence,
+            } => {
+                self.peer_flush_done(peer, session, ticket, position, resync_sequence, out);
+            }
+            FlushFor::Complete { peer, session } => self.complete_flushed(peer, session, out),
+            FlushFor::Promotion => self.promotion_flushed(out),
+            FlushFor::DropPeer => self.drop_missing(out),
+            FlushFor::DropTarget { peer, session } => self.drop_target(peer, session, out),
+            FlushFor::Detach => self.detach_flushed(out),
+            FlushFor::Target { peer, session } => self.target_flushed(peer, session, out),
+            FlushFor::Rollback => self.rollback_flushed(out),
+        }
     }
 
     // --- the stable position ---
@@ -154,7 +162,8 @@ impl Core {
                     if matches!(
                         peer.relation,
                         Relation::Established | Relation::Joining { .. } | Relation::Source
-                    ) {
+                    ) && !planted!("trimmed-before-the-peer-flushed")
+                    {
                         floor = floor.min(peer.flushed);
                     }
                 }
@@ -195,7 +204,10 @@ impl Core {
         }
         for at in 0..self.peers.len() {
             let peer = &self.peers[at];
-            if (!peer.is_primary || peer.diskless) && !self.sb.in_sync.contains(peer.slot) {
+            if (!peer.is_primary || peer.diskless)
+                && !self.sb.in_sync.contains(peer.slot)
+                && !planted!("others-forgotten")
+            {
                 self.set_bits(at, entry.volume, entry.offset, entry.length);
             }
         }
@@ -251,7 +263,11 @@ impl Core {
     /// The link to a peer ended: what it did not flush-acknowledge may be missing there, acknowledged or
     /// not, because its disk has a volatile cache (D2, D7: the unstable set).
     pub(crate) fn unstable_becomes_bits(&mut self, at: usize) {
-        let flushed = self.peers[at].flushed;
+        let flushed = if planted!("unstable-forgotten") {
+            u64::MAX
+        } else {
+            self.peers[at].flushed
+        };
         let entries: Vec<Entry> = self
             .window
             .above(flushed)
@@ -322,7 +338,7 @@ impl Core {
             if blocked && unsaved.len() < 16 {
                 unsaved.push(extent);
             }
-            !blocked
+            !blocked || planted!("cools-early")
         });
         match transaction {
             Some(transaction) => {
@@ -341,6 +357,10 @@ impl Core {
                     },
                     bytes: transaction.bytes.to_vec(),
                 });
+                if planted!("log-not-awaited") {
+                    self.log.commit(transaction.sequence);
+                    self.pump_log(out);
+                }
             }
             None => {
                 for extent in unsaved {
@@ -399,7 +419,9 @@ impl Core {
             self.log.abort(sequence);
             return self.disk_failed("the activity log could not be written", out);
         }
-        self.log.commit(sequence);
+        if !planted!("log-not-awaited") {
+            self.log.commit(sequence);
+        }
         self.pump_log(out);
     }
 

@@ -49,7 +49,9 @@ impl Core {
         let bytes: u64 = self.undo.log.undone().map(|(_, _, length)| length).sum();
         // D7, D12: in whatever way this ends, these blocks may differ from every other copy.
         for at in 0..self.peers.len() {
-            self.undo_blocks_become_bits(at);
+            if !planted!("rollback-without-bits") {
+                self.undo_blocks_become_bits(at);
+            }
         }
         let (generation, position) = self.sb.before_resync;
         let text = format!(
@@ -69,7 +71,7 @@ impl Core {
                 self.undo.rollback = None;
             }
             Some(Rollback::Bits) => {
-                if !self.save_all_bits(out) {
+                if !self.save_all_bits(out) && !planted!("rollback-before-bits") {
                     return;
                 }
                 self.undo.rollback = Some(Rollback::Restoring {

@@ -291,7 +291,7 @@ impl Core {
             offset,
             length,
             data,
-            fua,
+            fua: fua && !planted!("fua-is-plain"),
             stage: Stage::Overlap,
             position: 0,
             local_left: 0,
@@ -517,7 +517,7 @@ impl Core {
                         let overlaps = chunk.volume == volume
                             && chunk.offset < offset + length
                             && offset < chunk.offset + u64::from(chunk.length);
-                        chunk.redirtied |= overlaps;
+                        chunk.redirtied |= overlaps && !planted!("redirty-not-noted");
                     }
                 }
                 mirrored
@@ -551,11 +551,13 @@ impl Core {
         header.length = length as u32;
         // D13: without a disk here, what completes must be durable there.
         let diskless = self.diskless.is_some();
-        header.flags.fua = fua || diskless;
+        header.flags.fua =
+            (fua && !planted!("fua-not-sent")) || (diskless && !planted!("diskless-without-fua"));
         // D3: a copy whose acknowledgement every completion waits for has everything that completed before;
         // any other must not overtake it.
         let peer = &self.peers[at];
-        let waits = (peer.mode == Mode::Sync || diskless) && required.contains(peer.slot);
+        let waits = ((peer.mode == Mode::Sync || diskless) && required.contains(peer.slot))
+            || planted!("dependency-not-sent");
         header.dependency = if waits { 0 } else { self.completed_max };
         let payload = match data {
             Data::Buf {
@@ -630,6 +632,13 @@ impl Core {
         result: Result<(), DiskError>,
         out: &mut Actions,
     ) {
+        let result = result.or_else(|e| {
+            if planted!("write-error-ignored") {
+                Ok(())
+            } else {
+                Err(e)
+            }
+        });
         let Some(Op::Client(op)) = self.ops.get_mut(key) else {
             return;
         };
@@ -680,10 +689,15 @@ impl Core {
             let held_by = required.iter().filter(|s| *s != self.slot).find(|s| {
                 !match op.legs[s.0 as usize] {
                     Leg::Acked => true,
-                    Leg::Received => modes[s.0 as usize] == Mode::SemiSync && !diskless,
+                    Leg::Received => {
+                        planted!("received-is-acknowledged")
+                            || (modes[s.0 as usize] == Mode::SemiSync && !diskless)
+                    }
                     // Not concerned: it joined after this was issued, and had to have it before it joined.
                     Leg::None => true,
-                    Leg::InFlight | Leg::Bits => false,
+                    Leg::InFlight if op.data == Data::Flush => planted!("flush-after-one-leg"),
+                    Leg::InFlight => planted!("early-completion"),
+                    Leg::Bits => planted!("lost-leg-completes"),
                 }
             });
             match held_by {
@@ -728,7 +742,7 @@ impl Core {
         self.role != Role::Secondary
             && !self.dropping
             && !self.generation_committing
-            && self.generation_unknown_to.is_empty()
+            && (self.generation_unknown_to.is_empty() || planted!("generation-unknown"))
             && (!self.failed || self.diskless_serves())
     }
 

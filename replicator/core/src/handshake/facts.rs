@@ -104,6 +104,9 @@ pub(super) fn wrote_here(f: &Facts) -> bool {
 /// it holds if that base is `shared` or lies before it in the owner's history.
 pub(super) fn list_usable(of: &Facts, toward: &Facts, shared: GenerationId) -> bool {
     let p = &of.about_peer;
+    if planted!("stale-list-used") {
+        return true;
+    }
     p.known
         && p.disk == toward.disk
         && !p.full_copy
@@ -114,7 +117,7 @@ pub(super) fn list_usable(of: &Facts, toward: &Facts, shared: GenerationId) -> b
 /// Signs that the disk of `y` went back in time, in words.
 pub(super) fn went_back(y: &Facts, x: &Facts, store: Option<&StoreRecord>) -> Option<String> {
     let known = &x.about_peer;
-    let same_disk = known.known && known.disk == y.disk;
+    let same_disk = known.known && known.disk == y.disk && !planted!("old-disk-not-seen");
     if same_disk && known.attach_counter > y.attach_counter {
         return Some(format!(
             "it was attached {} times, and slot {} has seen attachment {}",

@@ -258,8 +258,12 @@ fn settled(
         .iter()
         .all(|slot| slot == me.slot || slot.0 == me.epoch.owner);
     // In semi-sync mode a member that stopped uncleanly may have had completed writes in memory alone.
-    let kept_all = !(me.unclean_start && me.mode != Mode::Sync);
-    if me.on_peer_loss == OnPeerLoss::Suspend && owner_is_other && no_third && kept_all {
+    let kept_all = planted!("memory-forgotten") || !(me.unclean_start && me.mode != Mode::Sync);
+    if (me.on_peer_loss == OnPeerLoss::Suspend || planted!("suspend-ignored"))
+        && owner_is_other
+        && (no_third || planted!("both-go-on"))
+        && kept_all
+    {
         return Ok(Promotion {
             kind: PromotionKind::AfterSuspended,
             may_lose: unflushed(me),

@@ -421,7 +421,8 @@ impl<'a> Meeting<'a> {
         let member =
             self.record.in_s(x) || (x.state == CopyState::UpToDate && x.in_sync.contains(x.slot));
         let waits = x.mode != Mode::Async && y.mode != Mode::Async;
-        let x_has_all = may_be_source(x) && (x.is_primary || (member && waits));
+        let x_has_all = may_be_source(x)
+            && (x.is_primary || (member && waits) || planted!("non-member-has-all"));
         if wrote_here(y) {
             return if x_has_all {
                 let why = format!(
@@ -480,7 +481,7 @@ impl<'a> Meeting<'a> {
         }
         // A generation is made by the one copy that writes in it, so at most one of the two qualifies.
         for (x, y) in self.ways() {
-            if wrote_here(x) {
+            if wrote_here(x) && !planted!("either-unclean-copy-wins") {
                 let why = format!(
                     "{both}; slot {} was the primary of this generation",
                     x.slot.0
@@ -519,7 +520,8 @@ impl<'a> Meeting<'a> {
         let good = |f: &Facts| matches!(f.state, CopyState::UpToDate | CopyState::Complete);
         let states_fit = (good(a) && good(b))
             || (a.state == CopyState::Consistent && b.state == CopyState::Consistent);
-        if lists && no_bits && reach(a) == reach(b) && states_fit {
+        let equal = lists && no_bits && reach(a) == reach(b);
+        if (equal || planted!("equal-generation-is-equal")) && states_fit {
             let why = format!(
                 "both copies are at position {} of generation {} and nothing is marked",
                 reach(a),

@@ -1,0 +1,237 @@
+//! Deliberate defects, for one test build alone: they show that the simulator notices a broken core.
+//!
+//! `planted!("name")` stands where the defect is and is `false` in every build without the feature `planted-defects`,
+//! which only `cargo run --release -p simulator -- mutants` asks for. In that build it is true for the one defect that
+//! a run chose, and counts how often it was reached.
+//!
+//! **To add one**: `planted!("name")` at the place, as the last part of a condition, so that reaching it means that it
+//! makes a difference; and a line in [`DEFECTS`]. A name that is not in the table does not compile in that build; a line
+//! without a place is reported as never reached.
+
+#[cfg(not(feature = "planted-defects"))]
+macro_rules! planted {
+    ($name:literal) => {
+        $crate::planted::never()
+    };
+}
+
+/// Stands for every defect in a build that has none.
+#[cfg(not(feature = "planted-defects"))]
+#[inline(always)]
+pub(crate) const fn never() -> bool {
+    false
+}
+
+#[cfg(feature = "planted-defects")]
+macro_rules! planted {
+    ($name:literal) => {{
+        const AT: usize = $crate::planted::at($name);
+        $crate::planted::chosen(AT)
+    }};
+}
+
+// The core's own assertions are off in that build: a defect counts as noticed only if the oracle sees it.
+#[cfg(feature = "planted-defects")]
+macro_rules! assert {
+    ($($text:tt)*) => {
+        if false {
+            ::std::assert!($($text)*)
+        }
+    };
+}
+#[cfg(feature = "planted-defects")]
+macro_rules! assert_eq {
+    ($($text:tt)*) => {
+        if false {
+            ::std::assert_eq!($($text)*)
+        }
+    };
+}
+
+#[cfg(feature = "planted-defects")]
+pub use on::*;
+
+#[cfg(feature = "planted-defects")]
+mod on {
+    use std::cell::Cell;
+
+    /// A defect that can be planted.
+    #[derive(Debug)]
+    pub struct Defect {
+        pub name: &'static str,
+        /// The invariants it breaks (`docs/core.md`).
+        pub breaks: &'static str,
+        pub what: &'static str,
+    }
+
+    const fn defect(name: &'static str, breaks: &'static str, what: &'static str) -> Defect {
+        Defect { name, breaks, what }
+    }
+
+    /// All of them.
+    #[rustfmt::skip]
+    pub const DEFECTS: &[Defect] = &[
+        defect("old-epoch", "C1", "a write of an older epoch is taken"),
+        defect("early-completion", "D1", "a write completes although a member of S has not acknowledged it"),
+        defect("received-is-acknowledged", "D1", "in sync mode, received counts as written"),
+        defect("lost-leg-completes", "D1, C1", "a leg that is gone counts as done before S is committed without it"),
+        defect("generation-unknown", "D10", "a write completes in a generation that the other copy does not hold yet"),
+        defect("cools-early", "D7", "an extent cools before its bits are durable"),
+        defect("log-forgotten", "D7", "an unclean attach makes no bits of what was hot"),
+        defect("full-copy-forgotten", "D7", "a full copy whose source restarted goes on with the bits it finds"),
+        defect("unclean-forgotten", "D9", "a copy that stopped uncleanly says it stopped in order"),
+        defect("unstable-forgotten", "D2, D7", "what a lost peer acknowledged and did not flush makes no bits"),
+        defect("redirtied-cleared", "D8", "a resync bit is cleared although the block was written in flight"),
+        defect("flush-not-done", "D2", "the peer acknowledges a flush without flushing"),
+        defect("complete-not-flushed", "D2, D8", "a target says it is complete before its disk has everything"),
+        defect("target-not-recorded", "D7", "a target says Ready before it durably is one"),
+        defect("dependency-ignored", "D3", "the peer writes what depends on a write that is not done"),
+        defect("stable-ignored", "C9", "an asynchronous copy runs ahead of what S has durably"),
+        defect("overlap-ignored", "D4", "overlapping operations are not put in order"),
+        defect("undo-skipped", "D12", "a target overwrites blocks without saving them"),
+        defect("others-forgotten", "D7", "a secondary makes no bits toward copies outside S"),
+        defect("resync-leaves-no-trace", "D7", "what a resync brought makes no bits toward third copies"),
+        defect("filled-and-filling", "D8", "a copy that is being filled goes on filling another"),
+        defect("superseded-stays", "C1", "a copy that hears of a newer epoch stays in its S"),
+        defect("third-party-epoch", "C1", "an epoch told by another than its owner is taken as if nothing followed from it"),
+        defect("own-gate-late", "C1, C3", "the peer raises its gate before the promoting copy has its own on the disk"),
+        defect("promotion-not-flushed", "D2", "a generation forks at a position that is not on the disk"),
+        defect("promotion-not-durable", "C3", "a copy serves before its epoch and generation are on the disk"),
+        defect("joins-early", "D2", "S takes a copy in that has not acknowledged everything"),
+        defect("both-go-on", "C1", "with three members of S, both followers of a lost primary may go on"),
+        defect("suspend-ignored", "C1", "under `continue`, too, the follower of an unreachable primary goes on unasked"),
+        defect("memory-forgotten", "C1", "a semi-sync copy that stopped uncleanly goes on unasked"),
+        defect("log-not-awaited", "D6, D7", "data is written before its extent is hot durably"),
+        defect("overlap-ignored-by-peer", "D4", "overlapping writes go to the peer's disk together"),
+        defect("flush-after-one-leg", "D2", "a flush completes when one disk has done it"),
+        defect("client-flush-not-done", "D2", "a flush of the application is answered without one of the own disk"),
+        defect("target-not-flushed", "D12", "a target does not make durable the point that its undo leads back to"),
+        defect("rollback-not-flushed", "D12", "old blocks count as restored before they are durable"),
+        defect("detach-not-flushed", "D2, D7", "a copy stops in order without a flush"),
+        defect("fork-not-flushed", "D2", "S loses a member at a position that is not on the disk"),
+        defect("gate-not-durable", "C1, C3", "a copy agrees to an epoch before its gate is on the disk"),
+        defect("epoch-not-durable", "C1, C3", "a copy asks for an epoch before its own gate is on the disk"),
+        defect("drop-not-durable", "D1, C1", "writes complete without a copy before S without it is on the disk"),
+        defect("source-not-recorded", "D1, C1", "a source mirrors before S without its target is on the disk"),
+        defect("generation-acknowledged-early", "D10", "a generation is acknowledged before it is on the disk"),
+        defect("complete-not-durable", "D2, D8", "a target says it is complete before that is on the disk"),
+        defect("joined-not-durable", "C1, D2", "a copy hears that it is in S before that is on the primary's disk"),
+        defect("attach-not-durable", "D7, D17", "a copy meets others before its start is on the disk"),
+        defect("rolled-back-not-durable", "D12", "the undo is erased before the superblock says that it was used"),
+        defect("undo-lost-not-durable", "D12", "blocks are overwritten unsaved before the superblock says so"),
+        defect("fua-is-plain", "D2", "FUA is treated as a plain write"),
+        defect("fua-not-sent", "D2", "FUA is a plain write at the peer"),
+        defect("diskless-without-fua", "D13", "a primary without a disk does not make its writes durable"),
+        defect("dependency-not-sent", "D3", "frames do not say what they depend on"),
+        defect("zero-not-applied", "D15", "a zero or discard changes nothing at the peer"),
+        defect("trimmed-before-the-peer-flushed", "D7", "a write counts as stable although the peer has not flushed it"),
+        defect("acknowledged-before-bits", "D7", "a resync is acknowledged before the bits toward third copies are durable"),
+        defect("rollback-without-bits", "D7, D12", "a rollback sets no bits"),
+        defect("rollback-before-bits", "D7, D12", "a rollback begins before its bits are durable"),
+        defect("rollback-skipped", "D11, D12", "a target is forced without its rollback"),
+        defect("cleared-before-flush", "D8", "a resync bit is cleared before the target has flushed"),
+        defect("redirty-not-noted", "D8", "a write to a block in flight is not noted"),
+        defect("own-bits-not-told", "D7, D8", "a target does not say which blocks it holds that its source lacks"),
+        defect("follower-forgets-unstable", "D7", "what the lost primary may not have kept makes no bits toward it"),
+        defect("received-is-dropped", "D1, C1", "what a follower received and had not applied is dropped with the link"),
+        defect("promoted-before-applying", "C1", "a copy is promoted before it has applied what it received"),
+        defect("positions-reused", "D17", "no new generation after an unclean stop: positions are used again"),
+        defect("equal-generation-is-equal", "D9", "copies in one generation count as equal"),
+        defect("stale-list-used", "D7, D9", "a bitmap that does not reach back is used"),
+        defect("old-disk-not-seen", "D9", "a disk that went back in time is not noticed"),
+        defect("non-member-has-all", "D9, C1", "a copy outside S counts as having every write"),
+        defect("either-unclean-copy-wins", "D9, C1", "of two copies that stopped uncleanly, any is the source"),
+        defect("superseded-goes-on", "C1", "a primary that hears of a newer epoch goes on"),
+        defect("write-error-ignored", "D14", "a write that the disk refused counts as done"),
+        defect("apply-error-ignored", "D14", "a replicated write that the disk refused counts as done"),
+        defect("flush-error-ignored", "D2, D14", "a flush that failed counts as done"),
+        defect("replayed-frame-applied", "D14, D17", "a frame that came before is applied again"),
+        defect("old-session-heard", "D14", "frames of a connection that is over are applied"),
+    ];
+
+    const NONE: usize = usize::MAX;
+
+    thread_local! {
+        /// The defect of this thread's run, and how often it was reached.
+        static CHOSEN: Cell<(usize, u64)> = const { Cell::new((NONE, 0)) };
+    }
+
+    /// Place of a name in the table; fails to compile if it is not there.
+    #[must_use]
+    pub const fn at(name: &str) -> usize {
+        let mut at = 0;
+        while at < DEFECTS.len() {
+            let (a, b) = (DEFECTS[at].name.as_bytes(), name.as_bytes());
+            let mut i = 0;
+            while a.len() == b.len() && i < a.len() && a[i] == b[i] {
+                i += 1;
+            }
+            if a.len() == b.len() && i == a.len() {
+                return at;
+            }
+            at += 1;
+        }
+        panic!("a planted defect that is not in the table")
+    }
+
+    /// From here on this thread's cores have that defect, by its place in the table, or none.
+    pub fn choose(defect: Option<usize>) {
+        CHOSEN.set((defect.unwrap_or(NONE), 0));
+    }
+
+    /// How often the chosen defect was reached by this thread since it was chosen.
+    #[must_use]
+    pub fn reached() -> u64 {
+        CHOSEN.get().1
+    }
+
+    /// Whether that defect is in force here and now.
+    pub fn chosen(at: usize) -> bool {
+        let (chosen, reached) = CHOSEN.get();
+        let is = chosen == at;
+        if is {
+            CHOSEN.set((chosen, reached + 1));
+            // A run reaches it some thousand times: more is a loop without an end.
+            std::assert!(
+                reached < 50_000_000,
+                "the planted defect makes a loop without an end"
+            );
+        }
+        is
+    }
+}
+
+use crate::service::{FlushFor, Then};
+
+/// A defect: this flush is not made, and what waits for it goes on.
+pub(crate) fn flush_left_out(waiter: &FlushFor) -> bool {
+    match waiter {
+        FlushFor::Client(_) => planted!("client-flush-not-done"),
+        FlushFor::Peer { .. } => planted!("flush-not-done"),
+        FlushFor::Complete { .. } => planted!("complete-not-flushed"),
+        FlushFor::Promotion => planted!("promotion-not-flushed"),
+        FlushFor::DropPeer | FlushFor::DropTarget { .. } => planted!("fork-not-flushed"),
+        FlushFor::Target { .. } => planted!("target-not-flushed"),
+        FlushFor::Rollback => planted!("rollback-not-flushed"),
+        FlushFor::Detach => planted!("detach-not-flushed"),
+    }
+}
+
+/// A defect: what waits for this superblock goes on before it is durable.
+pub(crate) fn commit_not_awaited(then: &Then) -> bool {
+    match then {
+        Then::Attached => planted!("attach-not-durable"),
+        Then::TargetRecorded { .. } => planted!("target-not-recorded"),
+        Then::SourceRecorded { .. } => planted!("source-not-recorded"),
+        Then::PeerDropped => planted!("drop-not-durable"),
+        Then::GateRaised { .. } => planted!("gate-not-durable"),
+        Then::EpochTaken { .. } => planted!("epoch-not-durable"),
+        Then::Promoted => planted!("promotion-not-durable"),
+        Then::GenerationStored { .. } => planted!("generation-acknowledged-early"),
+        Then::CompleteStored { .. } => planted!("complete-not-durable"),
+        Then::Joined { .. } => planted!("joined-not-durable"),
+        Then::RolledBack => planted!("rolled-back-not-durable"),
+        Then::UndoOver => planted!("undo-lost-not-durable"),
+        _ => false,
+    }
+}

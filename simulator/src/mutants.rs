@@ -1,0 +1,248 @@
+//! `simulator mutants`: breaks the core in every way of `replicator/core/src/planted.rs`, one at a time, and shows which
+//! seed notices it and how.
+//!
+//! The defects exist in a build of their own alone, which the subcommand makes for itself and then becomes.
+
+/// What the subcommand was asked for.
+#[derive(Debug)]
+pub struct Arguments {
+    /// So many seeds are tried before a defect counts as not noticed.
+    pub seeds: u64,
+    pub json: bool,
+    pub list: bool,
+    pub threads: usize,
+    /// Only these; all if empty.
+    pub names: Vec<String>,
+}
+
+pub const USAGE: &str =
+    "usage: simulator mutants [--seeds N] [--json] [--list] [--threads T] [NAME...]
+
+Plants one defect after the other into the core and runs seeds until the oracle notices it. Exit 1 if one is never noticed.
+--seeds N     tries so many seeds for each (default 2000)
+--list        names the defects";
+
+#[cfg(not(feature = "planted"))]
+pub use build::run;
+#[cfg(feature = "planted")]
+pub use hunt::run;
+
+#[cfg(not(feature = "planted"))]
+mod build {
+    use super::Arguments;
+    use std::path::Path;
+    use std::process::{Command, ExitCode};
+
+    /// Builds the simulator with the defects in a directory of its own, and hands over to it.
+    pub fn run(_: &Arguments) -> ExitCode {
+        match handed_over() {
+            Ok(code) => code,
+            Err(what) => {
+                eprintln!("{what}");
+                ExitCode::from(2)
+            }
+        }
+    }
+
+    fn handed_over() -> Result<ExitCode, String> {
+        let root = Path::new(env!("CARGO_MANIFEST_DIR"))
+            .parent()
+            .ok_or("the simulator stands outside a workspace")?;
+        let me = std::env::current_exe().map_err(|e| format!("where this program is: {e}"))?;
+        // target/release/simulator: beside `release`.
+        let target = me.ancestors().nth(2).unwrap_or(root).join("planted");
+        let cargo = std::env::var_os("CARGO").unwrap_or_else(|| "cargo".into());
+        eprintln!("building the simulator with planted defects");
+        let built = Command::new(&cargo)
+            .args(["build", "--release", "-p", "simulator", "--features"])
+            .args(["planted", "--target-dir"])
+            .arg(&target)
+            .current_dir(root)
+            .status()
+            .map_err(|e| format!("{}: {e}", cargo.display()))?;
+        if !built.success() {
+            return Err(format!("the build with planted defects ended with {built}"));
+        }
+        let program = target.join("release").join("simulator");
+        let ended = Command::new(&program)
+            .args(std::env::args_os().skip(1))
+            .status()
+            .map_err(|e| format!("{}: {e}", program.display()))?;
+        Ok(match ended.code() {
+            Some(code) => ExitCode::from(code.clamp(0, 255) as u8),
+            None => return Err(format!("{} ended with {ended}", program.display())),
+        })
+    }
+}
+
+#[cfg(feature = "planted")]
+mod hunt {
+    use super::Arguments;
+    use crate::{Plan, Trace, run_with};
+    use holdfast_replicator_core::planted::DEFECTS;
+    use std::collections::BTreeMap;
+    use std::process::ExitCode;
+    use std::sync::Mutex;
+
+    /// Seeds given to a thread at once.
+    const BATCH: u64 = 8;
+
+    #[derive(Default)]
+    struct Hunt {
+        /// Place in the table.
+        defect: usize,
+        next: u64,
+        in_flight: u64,
+        runs: u64,
+        reached: u64,
+        /// Runs that ended in a panic or halt: the core noticed something itself, which does not count.
+        crashed: u64,
+        /// The first seed whose run the oracle found wrong, and how.
+        noticed: Option<(u64, String)>,
+    }
+
+    /// Runs the chosen defects. Success if the oracle notices every one.
+    pub fn run(arguments: &Arguments) -> ExitCode {
+        let wanted =
+            |name: &str| arguments.names.is_empty() || arguments.names.iter().any(|n| n == name);
+        for name in &arguments.names {
+            if !DEFECTS.iter().any(|d| d.name == name) {
+                eprintln!("no defect is called {name}");
+                return ExitCode::from(2);
+            }
+        }
+        if arguments.list {
+            for d in DEFECTS.iter().filter(|d| wanted(d.name)) {
+                println!("{:32} {:10} {}", d.name, d.breaks, d.what);
+            }
+            return ExitCode::SUCCESS;
+        }
+        let hunts = DEFECTS.iter().enumerate().filter(|(_, d)| wanted(d.name));
+        let hunts: Vec<Hunt> = hunts
+            .map(|(defect, _)| Hunt {
+                defect,
+                next: 1,
+                ..Hunt::default()
+            })
+            .collect();
+        let hunts = Mutex::new(hunts);
+        // Seeds that fail without any defect prove nothing.
+        let sound = Mutex::new(BTreeMap::<u64, bool>::new());
+        std::thread::scope(|scope| {
+            for _ in 0..arguments.threads {
+                scope.spawn(|| hunt(arguments, &hunts, &sound));
+            }
+        });
+        let hunts = hunts.into_inner().unwrap_or_else(|e| e.into_inner());
+        let caught = hunts.iter().filter(|h| h.noticed.is_some()).count();
+        if !arguments.json && caught < hunts.len() {
+            let names = hunts
+                .iter()
+                .filter(|h| h.noticed.is_none())
+                .map(|h| DEFECTS[h.defect].name);
+            println!("not noticed: {}", names.collect::<Vec<_>>().join(", "));
+        }
+        println!("{{\"planted\":{},\"caught\":{caught}}}", hunts.len());
+        if caught == hunts.len() {
+            ExitCode::SUCCESS
+        } else {
+            ExitCode::FAILURE
+        }
+    }
+
+    fn hunt(arguments: &Arguments, hunts: &Mutex<Vec<Hunt>>, sound: &Mutex<BTreeMap<u64, bool>>) {
+        let lock = || hunts.lock().unwrap_or_else(|e| e.into_inner());
+        let open = |h: &Hunt| h.noticed.is_none() && h.next <= arguments.seeds;
+        loop {
+            // The one that had the fewest seeds goes first.
+            let (at, defect, first) = {
+                let mut hunts = lock();
+                let next = (0..hunts.len())
+                    .filter(|at| open(&hunts[*at]))
+                    .min_by_key(|at| (hunts[*at].next, hunts[*at].in_flight));
+                let Some(at) = next else { return };
+                let h = &mut hunts[at];
+                let first = h.next;
+                h.next += BATCH;
+                h.in_flight += 1;
+                (at, h.defect, first)
+            };
+            let (mut runs, mut reached, mut crashed, mut noticed) = (0, 0, 0, None);
+            for seed in first..(first + BATCH).min(arguments.seeds + 1) {
+                let plan = Plan::of(seed);
+                let outcome = run_with(&plan, Trace::Off, Some(defect));
+                runs += 1;
+                reached += outcome.reached;
+                crashed += u64::from(outcome.crashed);
+                let Some(failure) = outcome.failure.filter(|_| !outcome.crashed) else {
+                    continue;
+                };
+                let known = sound
+                    .lock()
+                    .unwrap_or_else(|e| e.into_inner())
+                    .get(&seed)
+                    .copied();
+                let is_sound = known.unwrap_or_else(|| {
+                    let is = run_with(&plan, Trace::Off, None).failure.is_none();
+                    sound
+                        .lock()
+                        .unwrap_or_else(|e| e.into_inner())
+                        .insert(seed, is);
+                    is
+                });
+                if is_sound {
+                    noticed = Some((seed, failure.lines().next().unwrap_or_default().to_owned()));
+                    break;
+                }
+            }
+            let mut hunts = lock();
+            let h = &mut hunts[at];
+            let before = h.noticed.is_some();
+            h.in_flight -= 1;
+            h.runs += runs;
+            h.reached += reached;
+            h.crashed += crashed;
+            if let Some(found) = noticed
+                && h.noticed.as_ref().is_none_or(|old| found.0 < old.0)
+            {
+                h.noticed = Some(found);
+            }
+            let over = h.noticed.is_some() && !before;
+            if over || (!open(h) && h.in_flight == 0 && h.noticed.is_none()) {
+                if arguments.json {
+                    println!("{}", json(h));
+                } else {
+                    println!("{}", line(h));
+                }
+            }
+        }
+    }
+
+    fn line(h: &Hunt) -> String {
+        let d = &DEFECTS[h.defect];
+        let how = match &h.noticed {
+            Some((seed, why)) => {
+                let why: String = why.chars().take(150).collect();
+                format!(
+                    "seed {seed}, run {}, reached {} times: {why}",
+                    h.runs, h.reached
+                )
+            }
+            None if h.reached == 0 => format!("SURVIVES {} runs, never reached", h.runs),
+            None => format!(
+                "SURVIVES {} runs, reached {} times, {} runs ended in a crash",
+                h.runs, h.reached, h.crashed
+            ),
+        };
+        format!("{} ({}: {})\n    {how}", d.name, d.breaks, d.what)
+    }
+
+    fn json(h: &Hunt) -> serde_json::Value {
+        let d = &DEFECTS[h.defect];
+        serde_json::json!({
+            "name": d.name, "breaks": d.breaks, "what": d.what,
+            "caught": h.noticed.is_some(), "reached": h.reached, "runs": h.runs, "crashed": h.crashed,
+            "seed": h.noticed.as_ref().map(|n| n.0), "why": h.noticed.as_ref().map(|n| n.1.as_str()),
+        })
+    }
+}
