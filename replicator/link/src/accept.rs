@@ -53,7 +53,8 @@ async fn handshake<H: LinkHandler>(
     context: &Context<H>,
     incoming: Incoming,
 ) -> Result<(quinn::Connection, Rc<crate::link::PeerLink>), String> {
-    let accepted = async { incoming.accept()?.await };
+    let server = context.shared.server(incoming.remote_address());
+    let accepted = async { incoming.accept_with(server)?.await };
     let connection = match timeout(2 * context.shared.tuning.attempt, accepted).await {
         Ok(Ok(connection)) => connection,
         Ok(Err(e)) => return Err(connection_error(&e)),

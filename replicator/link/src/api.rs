@@ -41,7 +41,8 @@ pub enum Payload {
     None,
     /// A control payload.
     Inline(Vec<u8>),
-    /// A buffer of this thread. Copied once, when QUIC has room for it, and held until then.
+    /// A buffer of this thread, which must not change. From 64 KiB on it is not copied, and held until the peer's QUIC has
+    /// acknowledged it; below it is copied once, when QUIC has room for it, and held until then.
     Local(Box<dyn AsRef<[u8]>>),
     /// A buffer that QUIC may hold: not copied when it is 16 KiB or more, and held until the peer's QUIC has acknowledged it.
     Shared(Bytes),

@@ -94,7 +94,7 @@ async fn attempt<H: LinkHandler>(
         ALPN_REPLICATION,
     )
     .map_err(|e| e.to_string())?;
-    config.transport_config(shared.transport.clone());
+    config.transport_config(shared.transport(path.local, path.remote));
     let connecting = endpoint
         .connect_with(config, path.remote, SERVER_NAME)
         .map_err(|e| e.to_string())?;

@@ -115,7 +115,9 @@ impl JoinServer {
             silence: STEP,
             ..Tuning::default()
         };
-        server.transport_config(tuning.transport()).max_incoming(32);
+        server
+            .transport_config(tuning.transport(None))
+            .max_incoming(32);
         let io = |source| LinkError::Listen {
             address: listen,
             source,
@@ -322,7 +324,7 @@ async fn connect(
         Expect::Exactly(token.fingerprint),
         ALPN_JOIN,
     )?;
-    config.transport_config(tuning.transport());
+    config.transport_config(tuning.transport(None));
     let connection = endpoint
         .connect_with(config, address, SERVER_NAME)
         .map_err(|e| failed(e.to_string()))?

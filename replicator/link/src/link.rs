@@ -49,7 +49,8 @@ pub(crate) struct Shared {
     pub identity: Arc<Identity>,
     pub peer_store: Arc<PeerStore>,
     pub tuning: Tuning,
-    pub transport: Arc<TransportConfig>,
+    /// What callers meet; the transport is chosen for each.
+    server: quinn::ServerConfig,
     pub jitter: Jitter,
     listening: Vec<Endpoint>,
     /// Endpoints for dialing only, by local address.
@@ -203,6 +204,19 @@ impl Shared {
         Ok(endpoint)
     }
 
+    /// Settings for a connection to `remote`: packets as large as the route's interface carries are looked for.
+    pub fn transport(&self, local: Option<IpAddr>, remote: SocketAddr) -> Arc<TransportConfig> {
+        let route = socket::route_payload(local, remote);
+        self.tuning.transport(route.ok())
+    }
+
+    /// What a caller from `remote` meets.
+    pub fn server(&self, remote: SocketAddr) -> Arc<quinn::ServerConfig> {
+        let mut server = self.server.clone();
+        server.transport_config(self.transport(None, remote));
+        Arc::new(server)
+    }
+
     fn endpoints(&self) -> Vec<Endpoint> {
         self.listening
             .iter()
@@ -226,18 +240,19 @@ impl Link {
             tuning,
             seed,
         } = config;
-        let transport = tuning.transport();
+        let mut server = tls::server(&identity, &peers, Expect::AnyPeer, ALPN_REPLICATION)?;
+        server
+            .transport_config(tuning.transport(None))
+            .max_incoming(64);
         let mut listening = Vec::new();
         for address in listen {
-            let mut server = tls::server(&identity, &peers, Expect::AnyPeer, ALPN_REPLICATION)?;
-            server.transport_config(transport.clone()).max_incoming(64);
             let io = |source| LinkError::Listen { address, source };
             let socket = socket::bind(address)
                 .and_then(|socket| socket::wrap(socket, tuning.largest_packet()))
                 .map_err(io)?;
             let endpoint = Endpoint::new_with_abstract_socket(
                 tuning.endpoint(),
-                Some(server),
+                Some(server.clone()),
                 socket,
                 Arc::new(socket::OneThread),
             )
@@ -249,7 +264,7 @@ impl Link {
             identity,
             peer_store: peers,
             tuning,
-            transport,
+            server,
             jitter: Jitter::new(seed),
             listening,
             dialing: RefCell::default(),

@@ -2,11 +2,14 @@
 
 use crate::api::Payload;
 use bytes::{Bytes, BytesMut};
+use send_wrapper::SendWrapper;
 use std::collections::VecDeque;
 
 /// Shared payloads from this size on are handed to QUIC as they are. Below they are gathered: QUIC walks through its
 /// list of unacknowledged pieces for every packet it fills, so the list is kept short.
 const ZERO_COPY_FROM: usize = 16 << 10;
+/// The same for buffers of this thread. Higher: a small one goes back at once, and the client that waits for memory with it.
+const LOCAL_ZERO_COPY_FROM: usize = 64 << 10;
 /// Size of the pieces that copies are gathered into.
 const PIECE: usize = 64 << 10;
 /// Most bytes handed to QUIC at once; what one frame needs may exceed it.
@@ -15,6 +18,16 @@ const BATCH: usize = 256 << 10;
 enum Piece {
     Ready(Bytes),
     Local(Box<dyn AsRef<[u8]>>),
+}
+
+/// A buffer of this thread in the hands of QUIC. All of QUIC runs on this thread (`socket::OneThread`), so it is looked at and
+/// dropped here only; elsewhere the wrapper would panic.
+struct Held(SendWrapper<Box<dyn AsRef<[u8]>>>);
+
+impl AsRef<[u8]> for Held {
+    fn as_ref(&self) -> &[u8] {
+        (**self.0).as_ref()
+    }
 }
 
 /// Unsent bytes, oldest first.
@@ -51,6 +64,11 @@ impl SendQueue {
             Payload::Inline(bytes) => self.append(Piece::Ready(bytes.into())),
             Payload::Shared(bytes) if bytes.len() < ZERO_COPY_FROM => self.copy(&bytes),
             Payload::Shared(bytes) => self.append(Piece::Ready(bytes)),
+            Payload::Local(buffer) if (*buffer).as_ref().len() >= LOCAL_ZERO_COPY_FROM => {
+                self.append(Piece::Ready(Bytes::from_owner(Held(SendWrapper::new(
+                    buffer,
+                )))));
+            }
             // Copied when QUIC has room: until then the one buffer that disk and wire share is enough.
             Payload::Local(buffer) => self.append(Piece::Local(buffer)),
         }
@@ -143,6 +161,36 @@ fn flush(joined: &mut BytesMut, batch: &mut Vec<Bytes>) {
 mod tests {
     use super::*;
     use proptest::prelude::*;
+    use std::rc::Rc;
+
+    struct Counted(Rc<Vec<u8>>);
+
+    impl AsRef<[u8]> for Counted {
+        fn as_ref(&self) -> &[u8] {
+            &self.0
+        }
+    }
+
+    /// A large buffer of this thread reaches QUIC as it is, and comes back when QUIC lets go of it; a small one comes back at once.
+    #[test]
+    fn large_local_buffers_are_not_copied() {
+        for (length, copied) in [
+            (LOCAL_ZERO_COPY_FROM - 1, true),
+            (LOCAL_ZERO_COPY_FROM, false),
+        ] {
+            let buffer = Rc::new(vec![7; length]);
+            let mut queue = SendQueue::default();
+            queue.push(&[1; 112], Payload::Local(Box::new(Counted(buffer.clone()))));
+            let mut batch = Vec::new();
+            queue.take_batch(&mut batch);
+            assert_eq!(batch.iter().map(Bytes::len).sum::<usize>(), 112 + length);
+            let same = batch.iter().any(|piece| piece.as_ptr() == buffer.as_ptr());
+            assert_eq!(same, !copied, "{length}");
+            assert_eq!(Rc::strong_count(&buffer), if copied { 1 } else { 2 });
+            drop(batch);
+            assert_eq!(Rc::strong_count(&buffer), 1);
+        }
+    }
 
     proptest! {
         /// Whatever the mixture, the bytes come out in order and are counted.

@@ -3,10 +3,10 @@
 use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
 use std::io::{self, IoSliceMut};
-use std::net::{SocketAddr, UdpSocket};
+use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
 use std::pin::Pin;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
 use std::task::{Context, Poll, ready};
 use std::time::Instant;
 use tokio::io::Interest;
@@ -17,8 +17,10 @@ use tokio::io::unix::AsyncFd;
 const MAX_SEND: usize = 65_500;
 /// Most segments the sender ever makes in one send.
 const MAX_SEGMENTS: usize = 10;
-/// Most bytes of one receive: the kernel joins packets up to this.
-const MAX_RECEIVE: usize = 65_535;
+/// Most bytes of one receive: the kernel joins packets up to what one packet can hold.
+const MAX_RECEIVE: usize = 65_507;
+/// Sends without a segment of that size after which it does not count any more.
+const FORGET_SEGMENT_AFTER: u32 = 64;
 /// Socket buffers in bytes, each direction: what a 4 MiB connection window can put in flight.
 const SOCKET_BUFFER: usize = 4 << 20;
 
@@ -60,6 +62,26 @@ pub(crate) fn bind(address: SocketAddr) -> io::Result<UdpSocket> {
     Ok(socket.into())
 }
 
+/// Largest UDP payload that the interface toward `remote` carries in one piece. No packet is sent.
+///
+/// # Errors
+/// There is no route.
+pub(crate) fn route_payload(local: Option<IpAddr>, remote: SocketAddr) -> io::Result<u16> {
+    // A caller by IPv4 at a socket for both families is seen as IPv6.
+    let remote = SocketAddr::new(remote.ip().to_canonical(), remote.port());
+    let any: IpAddr = match remote {
+        SocketAddr::V4(_) => Ipv4Addr::UNSPECIFIED.into(),
+        SocketAddr::V6(_) => Ipv6Addr::UNSPECIFIED.into(),
+    };
+    let socket = UdpSocket::bind((local.unwrap_or(any), 0))?;
+    socket.connect(remote)?;
+    let (mtu, headers) = match remote {
+        SocketAddr::V4(_) => (rustix::net::sockopt::ip_mtu(&socket)?, 20 + 8),
+        SocketAddr::V6(_) => (rustix::net::sockopt::ipv6_mtu(&socket)?, 40 + 8),
+    };
+    Ok(u16::try_from(mtu.saturating_sub(headers)).unwrap_or(u16::MAX))
+}
+
 /// Hands the socket to the runtime of this thread. `payload`: most bytes of one packet that the endpoint takes.
 pub(crate) fn wrap(socket: UdpSocket, payload: u16) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     let options = UdpSocketState::new((&socket).into())?;
@@ -71,6 +93,7 @@ pub(crate) fn wrap(socket: UdpSocket, payload: u16) -> io::Result<Arc<dyn AsyncU
         io: watch(socket, Interest::READABLE)?,
         full: AtomicBool::new(false),
         largest_segment: AtomicUsize::new(0),
+        smaller: AtomicU32::new(0),
     }))
 }
 
@@ -112,8 +135,10 @@ struct Socket {
     io: AsyncFd<UdpSocket>,
     /// The last send found no room.
     full: AtomicBool,
-    /// Largest segment that was ever sent in a segmented send.
+    /// Largest segment of the last sends.
     largest_segment: AtomicUsize,
+    /// Sends since one had a segment of that size.
+    smaller: AtomicU32,
 }
 
 fn segments_for(segment: usize) -> usize {
@@ -127,6 +152,20 @@ fn receive_segments_for(payload: usize) -> usize {
 }
 
 impl Socket {
+    /// QUIC asks for the most segments of a send without saying to whom. Peers on one socket may have packets of different
+    /// size (one on this machine has by far the largest), so what a while ago was sent to one does not limit all for ever.
+    fn note_segment(&self, segment: usize) {
+        let smaller = self.smaller.load(Ordering::Relaxed) + 1;
+        if segment >= self.largest_segment.load(Ordering::Relaxed)
+            || smaller >= FORGET_SEGMENT_AFTER
+        {
+            self.largest_segment.store(segment, Ordering::Relaxed);
+            self.smaller.store(0, Ordering::Relaxed);
+        } else {
+            self.smaller.store(smaller, Ordering::Relaxed);
+        }
+    }
+
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
         let sent = self.options.send(self.io.get_ref().into(), transmit);
         if let Err(error) = &sent
@@ -147,11 +186,9 @@ impl AsyncUdpSocket for Socket {
     }
 
     fn try_send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let Some(segment) = transmit.segment_size else {
-            return self.send(transmit);
-        };
-        self.largest_segment.fetch_max(segment, Ordering::Relaxed);
-        if transmit.contents.len() <= MAX_SEND {
+        let segment = transmit.segment_size.unwrap_or(transmit.contents.len());
+        self.note_segment(segment);
+        if transmit.contents.len() <= MAX_SEND.max(segment) {
             return self.send(transmit);
         }
         // Only the first sends after a larger packet size was found: from then on the limit below holds. If a later
@@ -291,6 +328,7 @@ mod tests {
                 receive_segments: 1,
                 full: AtomicBool::new(true),
                 largest_segment: AtomicUsize::new(0),
+                smaller: AtomicU32::new(0),
             }),
             waiting: None,
         };
@@ -305,6 +343,45 @@ mod tests {
         let ready = tokio::time::timeout(std::time::Duration::from_secs(5), ready).await;
         ready.expect("there is room").unwrap();
         assert!(room.waiting.is_none() && !room.socket.full.load(Ordering::Relaxed));
+    }
+
+    /// One peer with the largest packets leaves the others only for a while with fewer segments in a send.
+    #[tokio::test(flavor = "current_thread")]
+    async fn large_packets_of_one_peer_are_forgotten() {
+        let (ours, other) = pair();
+        let to = other.local_addr().unwrap();
+        let send = |length: usize| {
+            ours.try_send(&Transmit {
+                destination: to,
+                ecn: None,
+                contents: &vec![7; length],
+                segment_size: None,
+                src_ip: None,
+            })
+            .unwrap();
+        };
+        send(1472);
+        assert_eq!(ours.max_transmit_segments(), 10);
+        send(60_000);
+        assert_eq!(ours.max_transmit_segments(), 1);
+        for _ in 0..FORGET_SEGMENT_AFTER {
+            send(1472);
+        }
+        assert_eq!(ours.max_transmit_segments(), 10);
+    }
+
+    #[test]
+    fn the_route_tells_how_much_a_packet_may_carry() {
+        let mtu: u16 = std::fs::read_to_string("/sys/class/net/lo/mtu")
+            .unwrap()
+            .trim()
+            .parse()
+            .unwrap_or(u16::MAX);
+        for (address, headers) in [("127.0.0.1:7", 28), ("[::ffff:127.0.0.1]:7", 28)] {
+            let found = route_payload(None, address.parse().unwrap()).unwrap();
+            assert!(found >= mtu - headers, "{address}: {found} of {mtu}");
+        }
+        assert!(route_payload(None, "255.255.255.255:7".parse().unwrap()).is_err());
     }
 
     #[test]

@@ -33,8 +33,8 @@ pub enum Congestion {
 #[derive(Clone, Copy, Debug)]
 pub struct Tuning {
     pub profile: Profile,
-    /// Largest UDP payload to look for, 1200..=16000 bytes. What the path really carries is discovered, so a value for
-    /// jumbo frames does no harm where there are none.
+    /// Largest UDP payload to look for, 1200..=65507 bytes. Nothing larger than the route's interface carries is tried, and
+    /// what the path really carries is discovered, so a large value does no harm.
     pub udp_payload: u16,
     /// Something is sent at least this often.
     pub keep_alive: Duration,
@@ -48,7 +48,7 @@ impl Default for Tuning {
     fn default() -> Self {
         Tuning {
             profile: Profile::Lan,
-            udp_payload: 8972,
+            udp_payload: LARGEST_UDP_PAYLOAD,
             keep_alive: Duration::from_millis(250),
             silence: Duration::from_secs(1),
             attempt: Duration::from_secs(1),
@@ -56,6 +56,10 @@ impl Default for Tuning {
     }
 }
 
+/// Most bytes that one UDP packet over IPv4 has room for.
+const LARGEST_UDP_PAYLOAD: u16 = 65_507;
+/// What is looked for where the route does not tell: jumbo frames of 9000 bytes over IPv4.
+const JUMBO_UDP_PAYLOAD: u16 = 8972;
 /// More gains nothing on a LAN, and bounds what one connection may pin in memory.
 const STREAM_WINDOW: u64 = 2 << 20;
 const CONNECTION_WINDOW: u64 = 4 << 20;
@@ -64,7 +68,7 @@ const MAX_WAN_WINDOW: u64 = 256 << 20;
 
 impl Tuning {
     fn udp_payload(&self) -> u16 {
-        self.udp_payload.clamp(1200, 16_000)
+        self.udp_payload.clamp(1200, LARGEST_UDP_PAYLOAD)
     }
 
     /// Bytes that one connection may hold for sending, besides the queues.
@@ -102,7 +106,8 @@ impl Tuning {
         config
     }
 
-    pub(crate) fn transport(&self) -> Arc<TransportConfig> {
+    /// For one connection. `route`: largest UDP payload that the interface toward the peer carries, if that is known.
+    pub(crate) fn transport(&self, route: Option<u16>) -> Arc<TransportConfig> {
         let mut transport = TransportConfig::default();
         let window = self.connection_window();
         let stream = if window == CONNECTION_WINDOW {
@@ -112,7 +117,8 @@ impl Tuning {
         };
         let varint = |value: u64| VarInt::from_u64(value).expect("windows are below 2^62");
         let mut discovery = MtuDiscoveryConfig::default();
-        discovery.upper_bound(self.udp_payload());
+        let route = route.unwrap_or(JUMBO_UDP_PAYLOAD);
+        discovery.upper_bound(self.udp_payload().min(route));
         transport
             .stream_receive_window(varint(stream))
             .receive_window(varint(window))

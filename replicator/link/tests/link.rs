@@ -351,3 +351,28 @@ fn shutdown_says_goodbye() {
         assert_eq!(code, Some(GoodbyeCode::Shutdown));
     });
 }
+
+/// The interface tells how large a packet may be, and what it tells is looked for and found.
+#[test]
+fn packets_become_as_large_as_the_interface_carries() {
+    run(async {
+        let (a, b) = pair();
+        connect(&a, &b, SERVICE).await;
+        let mtu = std::fs::read_to_string("/sys/class/net/lo/mtu").unwrap();
+        let largest = (mtu.trim().parse::<usize>().unwrap() - 28).min(65_507);
+        let deadline = tokio::time::Instant::now() + HANG;
+        for node in [&a, &b] {
+            // The search ends within 20 bytes.
+            let found = || usize::from(node.link().status()[0].udp_payload.unwrap());
+            while found() + 20 < largest {
+                assert!(
+                    tokio::time::Instant::now() < deadline,
+                    "found {} of {largest}",
+                    found()
+                );
+                tokio::time::sleep(std::time::Duration::from_millis(5)).await;
+            }
+            assert!(found() <= largest);
+        }
+    });
+}
