@@ -700,13 +700,13 @@ fn small_transfers_in_memory_are_carried_out_in_place() {
     let file = ring.attach(create(&dir.path().join("volume"), 8 << 20));
     let mut done = Vec::new();
     for (number, fua) in [(0, false), (1, true)] {
-        let data = pattern(number as u8 + 1, 64 << 10);
+        let data = pattern(number as u8 + 1, 256 << 10);
         let op = Op::Write {
             file,
-            offset: number * (64 << 10),
+            offset: number * (256 << 10),
             buf: buf(&pool, &data),
             buf_offset: 0,
-            len: 64 << 10,
+            len: 256 << 10,
             fua,
         };
         ring.push(op, number);
@@ -716,8 +716,8 @@ fn small_transfers_in_memory_are_carried_out_in_place() {
     assert!(done.iter().all(|completion| completion.result.is_ok()));
     assert_eq!(pool.used(), 0, "buffers are free with the answer");
     for number in 0..2 {
-        let found = read(&ring, &pool, file, number * (64 << 10), 64 << 10).expect("read");
-        assert_eq!(found, pattern(number as u8 + 1, 64 << 10));
+        let found = read(&ring, &pool, file, number * (256 << 10), 256 << 10).expect("read");
+        assert_eq!(found, pattern(number as u8 + 1, 256 << 10));
     }
     // Nobody is woken for what is over at the hand-over: it says so.
     ring.push(Op::Flush { file }, 3);
