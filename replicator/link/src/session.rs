@@ -18,8 +18,8 @@ use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
 /// Packets taken from QUIC at once. What is taken counts as read, so this bounds what a stream holds beyond its window
-/// while memory for a payload is awaited: 64 packets, half a megabyte at most.
-const CHUNKS: usize = 64;
+/// while memory for a payload is awaited: 32 packets, a quarter of a megabyte of jumbo frames and 2 MiB of the largest packets.
+const CHUNKS: usize = 32;
 /// Frames delivered before the handler may flush acknowledgements, if more is ready all the time.
 const BATCH_FRAMES: usize = 256;
 /// How long the end of a session may take to reach the peer in good order.
