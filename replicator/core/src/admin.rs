@@ -132,7 +132,7 @@ impl Core {
         self.sb.flags.zeroed = false;
         self.sb.target_of = GenerationId(0);
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
-        self.undo_give_up(out);
+        self.undo_give_up("this copy was invalidated", out);
         if crate::handshake::broken_history(&self.own_facts()) {
             // It says nothing that can be believed, and would stand in the way of the copy that replaces it (row 1).
             self.sb.generations.clear();

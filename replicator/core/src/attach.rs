@@ -430,15 +430,13 @@ impl Core {
                 }
             }
         }
-        let (undo, undo_found) = Undoing::recover(&sb, &volumes, |offset| {
+        let undo = Undoing::recover(&mut sb, &volumes, |offset| {
             let mut bytes = [0; 4096];
             let offset = volumes[0].layout.undo_offset + offset;
             meta.read(VolumeIndex(0), offset, &mut bytes)
                 .map(|()| bytes)
                 .map_err(|error| AttachError::Read { volume: 0, error })
         })?;
-        // A superblock that speaks of an undo which is not there.
-        sb.flags.undo_lost |= !undo_found;
         let was_primary_before = unclean && sb.flags.was_primary;
         sb.attach_counter += 1;
         sb.incarnation = params.incarnation;

@@ -46,6 +46,7 @@ impl Core {
                 .map(|at| self.peer_status(at, now))
                 .collect(),
             hot_extents: self.log.hot_count(),
+            undo: self.undo_status(),
             counters: self.counters,
         }
     }

@@ -537,11 +537,12 @@ impl Core {
             why.to_owned(),
             out,
         );
-        let refusal = refusal(
-            why,
-            "No copy was promoted and no data changed",
-            "Look at the status and try again",
-        );
+        let kept = if self.undo.rollback.is_some() {
+            "No copy was promoted. Blocks that were put back already are marked: the source of the resync brings them again"
+        } else {
+            "No copy was promoted and no data changed"
+        };
+        let refusal = refusal(why, kept, "Look at the status and try again");
         out.push(Action::AdminDone {
             admin: promotion.admin,
             result: Err(refusal),

@@ -31,7 +31,23 @@ pub struct ServiceStatus {
     pub volumes: Vec<VolumeStatus>,
     pub peers: Vec<PeerStatus>,
     pub hot_extents: usize,
+    /// While this copy is in the middle of a resync, connected or not: whether it can return to the point before it.
+    pub undo: Option<UndoStatus>,
     pub counters: Counters,
+}
+
+/// The way back of a copy that is in the middle of a resync (D12).
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub struct UndoStatus {
+    /// A forced promotion returns to the point before the resync. False: this copy is a mixture until its source is back.
+    pub intact: bool,
+    /// Generation and position of that point.
+    pub returns_to: (GenerationId, Position),
+    /// Bytes of the undo area in use, and all of it.
+    pub used_bytes: u64,
+    pub capacity_bytes: u64,
+    /// Why it is not intact, in words; empty if it is.
+    pub why_lost: String,
 }
 
 #[derive(Clone, Debug)]

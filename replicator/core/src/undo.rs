@@ -23,6 +23,10 @@ use holdfast_wire_format::undo_record::{
 };
 use std::collections::VecDeque;
 
+/// How far behind the end of the log a start looks for records that prove the end to be damage, in bytes: several
+/// records of the largest size.
+const LOOK_AHEAD: u64 = 8 * (MAX_UNDO_DATA + UNDO_BLOCK as u64);
+
 /// Whether a write by resync or mirroring may overwrite its range now.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 pub enum Gate {
@@ -131,6 +135,8 @@ pub struct UndoLog {
     pending: VecDeque<Record>,
     /// Writes of data and headers that were not answered, of a dropped log too.
     in_flight: usize,
+    /// Where a record that was durable can't be read any more, in bytes from the start of the undo area.
+    damaged_at: Option<u64>,
 }
 
 impl UndoLog {
@@ -158,11 +164,17 @@ impl UndoLog {
             records: Vec::new(),
             pending: VecDeque::new(),
             in_flight: 0,
+            damaged_at: None,
         }
     }
 
     /// Reads the undo area after a start: `read` gives 4096 bytes at an offset of it. The records end at the
     /// first block that is no next record of the session; what was being written there protects nothing yet.
+    ///
+    /// Unless a later record of the session stands behind it: headers are written one after another, so the one that
+    /// is missing was durable, and what it saved was overwritten since. Without it a rollback would lead to a mixture, so
+    /// there is no log then, and [`damaged_at`](Self::damaged_at) says where. Damage to the newest record alone looks
+    /// like a record that was being written.
     ///
     /// # Errors
     /// The one of `read`.
@@ -209,7 +221,37 @@ impl UndoLog {
             log.keep(record);
             log.phase = Phase::Active;
         }
+        if log.goes_on_behind(&head, &mut read)? {
+            let mut none = Self::new(volumes, capacity);
+            none.damaged_at = Some(log.next_offset);
+            return Ok(none);
+        }
         Ok(log)
+    }
+
+    /// Whether a record of the session stands behind the end of the log.
+    fn goes_on_behind<E>(
+        &self,
+        head: &UndoHead,
+        read: &mut impl FnMut(u64) -> Result<[u8; UNDO_BLOCK], E>,
+    ) -> Result<bool, E> {
+        let end = self.capacity.min(self.next_offset + LOOK_AHEAD);
+        let mut at = self.next_offset;
+        while at + UNDO_BLOCK as u64 <= end {
+            let of_this_session =
+                |r: UndoRecord| r.session == head.session && r.sequence >= self.next_sequence;
+            if decode_record(&read(at)?).is_ok_and(of_this_session) {
+                return Ok(true);
+            }
+            at += UNDO_BLOCK as u64;
+        }
+        Ok(false)
+    }
+
+    /// Where a record that was durable can't be read any more, in bytes from the start of the undo area.
+    #[must_use]
+    pub fn damaged_at(&self) -> Option<u64> {
+        self.damaged_at
     }
 
     /// Where the log is in its life.

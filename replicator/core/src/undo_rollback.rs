@@ -180,20 +180,25 @@ impl Core {
 
     /// There is no way back: this copy stays a mixture, and says so.
     pub(crate) fn restore_failed(&mut self, why: &str, out: &mut Actions) {
-        if self.undo.rollback.take().is_none() {
+        if self.undo.rollback.is_none() {
             return;
         }
-        self.undo_give_up(out);
+        self.undo_give_up(why, out);
         let text = format!(
             "{why}: this copy can't return to the point before the resync and stays a mixture; bring back the source \
              of the resync"
         );
         self.notice(Level::Error, "undo-lost", None, text.clone(), out);
         self.cancel_promotion(&text, out);
+        self.undo.rollback = None;
     }
 
     /// All old blocks are durable.
     pub(crate) fn rollback_flushed(&mut self, out: &mut Actions) {
+        if !matches!(self.undo.rollback, Some(Rollback::Flushing)) {
+            // Of a rollback that was called off; another one began since and is not that far.
+            return;
+        }
         if self.role != Role::Promoting || self.promotion.is_none() || self.failed {
             self.undo.rollback = None;
             return;

@@ -13,6 +13,7 @@ use crate::handshake::How;
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
+use crate::status::UndoStatus;
 use crate::undo::{AppendError, Gate, Phase, UndoLog, record_has_room};
 use crate::undo_rollback::Rollback;
 use holdfast_wire_format::ids::*;
@@ -81,22 +82,31 @@ pub(crate) struct Undoing {
     ready: Vec<Old>,
     records: BTreeMap<u64, RecordWrite>,
     pub rollback: Option<Rollback>,
+    /// Why the present resync can't be undone, for a person; empty if it can, or if there is none.
+    why_lost: String,
 }
 
 impl Undoing {
-    /// What the undo area says after a start, and whether the superblock's claim to have an undo holds.
+    /// What the undo area says after a start. A superblock that claims an undo which is not there, or not whole, is
+    /// corrected.
     ///
     /// # Errors
     /// The one of reading.
     pub fn recover<E>(
-        sb: &Superblock,
+        sb: &mut Superblock,
         volumes: &[Volume],
         read: impl FnMut(u64) -> Result<[u8; UNDO_BLOCK], E>,
-    ) -> Result<(Undoing, bool), E> {
+    ) -> Result<Undoing, E> {
         let sizes: Vec<(u64, u8)> = volumes.iter().map(|v| (v.size, v.grain_shift)).collect();
         let capacity = volumes[0].layout.undo_size;
-        let claimed = sb.target_of != GenerationId(0) && !sb.flags.undo_lost;
+        let target = sb.target_of != GenerationId(0);
+        let claimed = target && !sb.flags.undo_lost;
         let mut log = UndoLog::new(&sizes, capacity);
+        let mut why_lost = String::new();
+        if target && !claimed {
+            why_lost =
+                "it did not reach back to the start of the resync when this process began".into();
+        }
         if claimed {
             let found = UndoLog::recover(&sizes, capacity, read)?;
             // A head of an earlier resync was replaced before this one was recorded. Its goal is no sign: the
@@ -106,10 +116,17 @@ impl Undoing {
                 .is_some_and(|head| head.returns_to == sb.before_resync)
             {
                 log = found;
+            } else if let Some(at) = found.damaged_at() {
+                why_lost = format!("its record at byte {at} of the undo area is damaged");
+            }
+            if !log.is_intact() {
+                sb.flags.undo_lost = true;
+                if why_lost.is_empty() {
+                    why_lost = "what it begins with is missing or damaged".into();
+                }
             }
         }
-        let holds = log.is_intact();
-        let undoing = Undoing {
+        Ok(Undoing {
             log,
             preparing: None,
             keeping: false,
@@ -120,8 +137,8 @@ impl Undoing {
             ready: Vec::new(),
             records: BTreeMap::new(),
             rollback: None,
-        };
-        Ok((undoing, holds || !claimed))
+            why_lost,
+        })
     }
 }
 
@@ -133,8 +150,37 @@ impl Core {
             && self.undo.log.is_intact()
     }
 
+    /// Whether and to where a rollback leads, while this copy is in the middle of a resync.
+    pub(crate) fn undo_status(&self) -> Option<UndoStatus> {
+        if self.sb.target_of == GenerationId(0) {
+            return None;
+        }
+        let intact = self.undo_intact() && !self.undo.losing;
+        let why_lost = match (intact, self.undo.why_lost.is_empty()) {
+            (true, _) => String::new(),
+            (false, false) => self.undo.why_lost.clone(),
+            (false, true) => "none was kept".into(),
+        };
+        Some(UndoStatus {
+            intact,
+            returns_to: self.sb.before_resync,
+            used_bytes: self.undo.log.used(),
+            capacity_bytes: self.undo.log.capacity(),
+            why_lost,
+        })
+    }
+
     /// Attached: what stands behind the last record is erased before the log goes on.
     pub(crate) fn undo_attached(&mut self, out: &mut Actions) {
+        if let Some(undo) = self.undo_status()
+            && !undo.intact
+        {
+            let text = format!(
+                "this copy is in the middle of a resync and can't be rolled back: {}. Bring back the source of the                  resync; until it ends, this copy can't be promoted even by force",
+                undo.why_lost
+            );
+            self.notice(Level::Error, "undo-lost", None, text, out);
+        }
         if let Some(offset) = self.undo.log.sweep() {
             self.undo_write(UndoStep::Sweep, offset, vec![0; UNDO_BLOCK], out);
         }
@@ -201,6 +247,7 @@ impl Core {
             return;
         }
         let begun = preparing.begun;
+        let mut why_none = String::new();
         // Row 7: the next meeting takes them for granted, so they are durable before the source is recorded.
         if plan.how == How::BitsAndUndo && !self.save_all_bits(out) {
             return;
@@ -220,6 +267,7 @@ impl Core {
             };
             let slot = self.peers[plan.peer].slot;
             if let Some(why) = self.undo_not_kept(&plan) {
+                why_none.clone_from(&why);
                 self.notice(Level::Info, "undo-none", Some(slot), why, out);
             } else if let Some(bytes) = self.undo.log.begin(head) {
                 if let Some(preparing) = &mut self.undo.preparing {
@@ -238,6 +286,9 @@ impl Core {
         } else {
             self.sb.flags.undo_lost || !self.undo.log.is_intact()
         };
+        if plan.fresh {
+            self.undo.why_lost = why_none;
+        }
         self.undo.keeping = !self.sb.flags.undo_lost;
         self.undo.losing = false;
         self.undo.paused = false;
@@ -646,6 +697,7 @@ impl Core {
             return;
         }
         self.undo.losing = true;
+        self.undo.why_lost = why.to_owned();
         self.undo_release_ready(out);
         self.sb.flags.undo_lost = true;
         let text = format!(
@@ -657,8 +709,9 @@ impl Core {
     }
 
     /// The data of this copy is given up, and with it the way back; recorded by the commit that follows.
-    pub(crate) fn undo_give_up(&mut self, out: &mut Actions) {
+    pub(crate) fn undo_give_up(&mut self, why: &str, out: &mut Actions) {
         self.undo.losing = true;
+        self.undo.why_lost = why.to_owned();
         self.undo_release_ready(out);
         self.sb.flags.undo_lost = true;
         self.commit(Then::UndoOver, out);

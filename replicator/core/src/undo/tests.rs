@@ -596,6 +596,86 @@ fn d12_a_torn_header_is_erased_before_the_log_goes_on() {
     assert_eq!(log.check(v, 0, 4096), Gate::Open);
 }
 
+/// A record that was durable and can't be read any more, with later ones behind it, is damage: what it saved was
+/// overwritten since, and a rollback without it would lead to a mixture. The last one alone looks like one that was
+/// being written.
+#[test]
+fn d12_a_hole_in_the_log_is_no_end_of_it() {
+    let mut log = active();
+    let mut disk: BTreeMap<Place, Sector> = block_sectors(0, &encode_head(&head(1)))
+        .into_iter()
+        .collect();
+    let mut headers = Vec::new();
+    for block in 0..3 {
+        let sequence = save(&mut log, 0, block * 4096, 4096);
+        log.data_saved(sequence);
+        let header = log.next_header().expect("its data is durable");
+        disk.extend(block_sectors(header.offset, &header.bytes));
+        headers.push(header);
+        assert!(log.saved(sequence));
+    }
+    let whole = recover(&disk);
+    assert!(whole.is_intact() && whole.damaged_at().is_none());
+    assert_eq!(whole.undone().count(), 1, "one run of three blocks");
+    let zeroes = [0; UNDO_BLOCK];
+    let of = |at: usize| headers[at].bytes;
+    for (place, found) in [
+        (0, zeroes),
+        (1, zeroes),
+        // Misdirected: a record of the same log in the place of another one.
+        (1, of(0)),
+        (0, of(2)),
+    ] {
+        let mut disk = disk.clone();
+        disk.extend(block_sectors(headers[place].offset, &found));
+        let log = recover(&disk);
+        assert_eq!(log.damaged_at(), Some(headers[place].offset));
+        assert!(!log.is_intact() && log.rollback_plan().next().is_none());
+        assert_eq!(log.phase(), Phase::None);
+    }
+    for sector in 0..8 {
+        let mut disk = disk.clone();
+        disk.insert(
+            Place::Area(headers[1].offset / SECTOR + sector),
+            [0xee; 512],
+        );
+        assert!(!recover(&disk).is_intact(), "sector {sector} is damaged");
+    }
+    disk.extend(block_sectors(headers[2].offset, &zeroes));
+    assert!(recover(&disk).is_intact(), "as if it had been on its way");
+}
+
+/// What is behind the old end of a volume that grew is saved like any other block; the part of a block that the old end
+/// cut is not taken for saved.
+#[test]
+fn d12_a_volume_that_grew_is_saved_to_its_new_end() {
+    let v = VolumeIndex(1);
+    let old = VOLUMES[1].0;
+    let mut log = active();
+    let first = save(&mut log, 1, 0, 8192);
+    finish(&mut log, first);
+    log.grow(v, old + (64 << 10));
+    assert_eq!(log.check(v, 0, 8192), Gate::Open, "what was saved stays so");
+    assert_eq!(log.check(v, old - 512, 8192), Gate::Save);
+    let ranges = log.claim(v, old - 512, 8192);
+    let end: u64 = ranges
+        .iter()
+        .map(|(o, l)| o + u64::from(*l))
+        .max()
+        .unwrap_or(0);
+    assert!(
+        end >= old - 512 + 8192,
+        "the grown part is claimed: {ranges:?}"
+    );
+    let entries = ranges.iter().map(|(o, l)| entry(1, *o, *l)).collect();
+    let second = log.append(entries).expect("there is room").sequence;
+    finish(&mut log, second);
+    assert_eq!(log.check(v, old - 512, 8192), Gate::Open);
+    assert_eq!(log.check(v, old + 16384, 512), Gate::Save);
+    let undone: u64 = log.undone().map(|(_, _, length)| length).sum();
+    assert_eq!(undone, 8192 + 16384);
+}
+
 #[derive(Clone, Debug)]
 enum Step {
     Overwrite {

@@ -3,6 +3,8 @@
 // Each test program uses a part of it.
 #![allow(dead_code)]
 
+pub mod resync;
+
 use holdfast_replicator_core::api::*;
 use holdfast_replicator_core::{AttachError, Core, CreateParameters, CreateVolume, create};
 use holdfast_wire_format::frame::*;
@@ -259,6 +261,26 @@ impl World {
         }
         let pending = std::mem::take(&mut self.nodes[n].pending);
         for mut action in pending {
+            if let Action::MetaWriteBuf {
+                place, buf, length, ..
+            } = &action
+                && self.tear_metadata
+            {
+                // Any sectors of it may land.
+                let (place, length) = (*place, *length as usize);
+                let mut bytes = self.nodes[n].bufs[&buf.0].clone();
+                for (i, new) in bytes[..length].chunks_mut(4096).enumerate() {
+                    let block = (place.volume.0, place.offset + i as u64 * 4096);
+                    let old = self.nodes[n].disk.meta.get(&block).cloned();
+                    let old = old.unwrap_or_else(|| vec![0; 4096]);
+                    for (new, old) in new.chunks_mut(512).zip(old.chunks(512)) {
+                        if self.rng.chance(50) {
+                            new.copy_from_slice(&old[..new.len()]);
+                        }
+                    }
+                }
+                self.nodes[n].bufs.insert(buf.0, bytes);
+            }
             if let Action::MetaWrite { place, bytes, .. } = &mut action
                 && self.tear_metadata
             {
