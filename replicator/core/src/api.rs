@@ -530,6 +530,10 @@ pub struct Tuning {
     /// Resync: bytes in flight (16 MiB) and bytes per chunk (256 KiB).
     pub resync_window_bytes: u64,
     pub resync_chunk_bytes: u32,
+    /// Bytes per second that resync keeps going at however slow the application's requests become (1 MiB), and that it never
+    /// exceeds; 0 = no such bound (0). In between it goes by how long the application's requests take.
+    pub resync_rate_min: u64,
+    pub resync_rate_max: u64,
     /// Receiver: bytes of writes buffered before the link is not read further (32 MiB).
     pub receive_bytes: u64,
     /// Partial bitmap pages kept in memory per peer and volume (16384 = 64 MiB).
@@ -552,6 +556,8 @@ impl Default for Tuning {
             async_block: false,
             resync_window_bytes: 16 << 20,
             resync_chunk_bytes: 256 << 10,
+            resync_rate_min: 1 << 20,
+            resync_rate_max: 0,
             receive_bytes: 32 << 20,
             bitmap_pages: 16384,
             undo_full_pauses: false,

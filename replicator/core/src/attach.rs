@@ -7,6 +7,7 @@ use crate::log_recovery::LogRecovery;
 use crate::op::*;
 use crate::overlap::OverlapIndex;
 use crate::peer::*;
+use crate::resync_rate::ResyncRate;
 use crate::service::*;
 use crate::status::Counters;
 use crate::undoing::Undoing;
@@ -496,6 +497,7 @@ impl Core {
             counters: Counters::default(),
             parked: false,
             undo,
+            resync_rate: ResyncRate::new(&params.tuning, now),
             diskless: None,
         };
         if core.sb.in_sync_pending != core.sb.in_sync {

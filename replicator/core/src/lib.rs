@@ -24,6 +24,7 @@ pub mod probe;
 mod receive;
 mod report;
 mod resync;
+mod resync_rate;
 mod roles;
 mod service;
 mod stability;

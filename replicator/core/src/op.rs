@@ -1,6 +1,7 @@
 //! Operations in flight and the window of writes that are not yet stable.
 
 use crate::api::{BufId, RequestId};
+use crate::resync_rate::Kind;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::undo_record::UndoEntry;
 use std::collections::VecDeque;
@@ -68,7 +69,20 @@ pub(crate) struct ClientOp {
     pub internal: bool,
     /// Holds the overlap order.
     pub in_overlap: bool,
+    /// Nanoseconds of the core's clock.
+    pub arrived_at: u64,
     pub issued_at: u64,
+}
+
+impl ClientOp {
+    /// How long it takes says something of the disks. Zeroes of any length do not compare.
+    pub fn kind(&self) -> Option<Kind> {
+        match self.data {
+            Data::Buf { .. } => Some(Kind::Write),
+            Data::Flush => Some(Kind::Flush),
+            Data::Zero { .. } => None,
+        }
+    }
 }
 
 /// A frame of the primary or of a resync source on its way to this copy's disk.
@@ -112,6 +126,8 @@ pub(crate) enum Op {
         offset: u64,
         length: u32,
         buf: BufId,
+        /// Nanoseconds of the core's clock.
+        arrived_at: u64,
     },
     /// A read for a primary without a disk.
     ServeRead {

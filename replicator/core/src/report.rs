@@ -131,6 +131,7 @@ impl Core {
             paused: peer.resync_paused,
             started_ms_ago: elapsed,
             rate,
+            rate_limit: is_source.then(|| self.resync_rate.limit()).flatten(),
             // Only the source knows what is left; honest: nothing before there is a rate.
             eta_ms: (is_source && rate > 0 && !peer.resync_paused)
                 .then(|| left.saturating_mul(1000) / rate),

@@ -30,9 +30,15 @@ impl Core {
             return;
         }
         let held_back = self.peers[at].resync_paused;
-        while !held_back
-            && self.peers[at].source.outstanding_bytes < self.tuning.resync_window_bytes
-        {
+        while !held_back {
+            let outstanding = self.peers[at].source.outstanding_bytes;
+            let most = self.tuning.resync_window_bytes;
+            if self.peers[at].source.cursor.0 >= self.volumes.len()
+                || outstanding >= self.resync_rate.window(most, outstanding)
+                || !self.resync_rate.may_take(self.now)
+            {
+                break;
+            }
             let Some((volume, offset, length)) = self.next_chunk(at) else {
                 break;
             };
@@ -42,6 +48,7 @@ impl Core {
             let compare = self.peers[at].compare
                 && length <= VERIFY_CHUNK
                 && !skip(&mut self.peers[at].source.compare_skip);
+            self.resync_rate.took(length);
             let source = &mut self.peers[at].source;
             let id = source.next_id;
             source.next_id += 1;

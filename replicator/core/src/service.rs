@@ -227,6 +227,7 @@ pub struct Core {
     /// Client writes that wait for a missing member of S.
     pub(crate) parked: bool,
     pub(crate) undo: crate::undoing::Undoing,
+    pub(crate) resync_rate: crate::resync_rate::ResyncRate,
     /// The own disk failed and a member of S serves for it (D13).
     pub(crate) diskless: Option<crate::diskless::Diskless>,
 }
@@ -311,7 +312,9 @@ impl Core {
         }
         let linked = self.peers.iter().any(|p| p.session.is_some());
         let busy = !self.window.is_empty();
-        (linked || busy).then(|| self.now.after_ms(self.tuning.heartbeat_ms.min(100)))
+        let usual = self.now.after_ms(self.tuning.heartbeat_ms.min(100));
+        let resync = self.resync_rate.ready_at().unwrap_or(usual).min(usual);
+        (linked || busy).then_some(resync)
     }
 
     fn disk_done(&mut self, op: OpId, result: Result<(), DiskError>, out: &mut Actions) {
@@ -677,6 +680,7 @@ impl Core {
                 self.send_body(at, FrameKind::Heartbeat, Body::Empty, out);
             }
         }
+        self.resync_on_time(out);
         self.stability_on_time(out);
         self.watch_congestion(out);
         self.demotion_progress(out);

@@ -105,6 +105,9 @@ pub struct ResyncStatus {
     pub started_ms_ago: u64,
     /// Bytes per second since it began.
     pub rate: u64,
+    /// Bytes per second that it is held to at present, for the application's sake or as configured; none: nothing holds it back.
+    /// Known at the source alone.
+    pub rate_limit: Option<u64>,
     /// At the present rate; `None` while nothing can be said.
     pub eta_ms: Option<u64>,
     pub undo_intact: bool,

@@ -631,20 +631,17 @@ impl Core {
             .peers
             .iter()
             .position(|p| matches!(p.relation, Relation::Target) && p.session.is_some());
-        let (true, Some(at)) = (self.tuning.undo_full_pauses, source) else {
-            return self.undo_lose(text, out);
+        let Some(at) = source else {
+            // The source is gone: what it sent last and nobody acknowledged is bits there. Dropped rather than the way back,
+            // which may be all that this copy has left.
+            self.undo_unsaved(out);
+            return self.undo_discard(out);
         };
-        self.undo.paused = true;
-        for old in std::mem::take(&mut self.undo.ready) {
-            let length = u64::from(old.entry.length);
-            self.undo
-                .log
-                .unclaim(old.entry.volume, old.entry.offset, length);
-            self.undo.saving_bytes = self.undo.saving_bytes.saturating_sub(length);
-            if let Some(buf) = old.buf {
-                out.push(Action::ReleaseBuf { buf });
-            }
+        if !self.tuning.undo_full_pauses {
+            return self.undo_lose(text, out);
         }
+        self.undo.paused = true;
+        self.undo_unsaved(out);
         let slot = self.peers[at].slot;
         let text = format!(
             "{text}. The resync from copy {} is stopped, as configured (undo_full_pauses); the primary goes on and notes in its \
@@ -665,6 +662,20 @@ impl Core {
             out,
         );
         self.undo_discard(out);
+    }
+
+    /// Gives back what was read to be saved and has no room.
+    fn undo_unsaved(&mut self, out: &mut Actions) {
+        for old in std::mem::take(&mut self.undo.ready) {
+            let length = u64::from(old.entry.length);
+            self.undo
+                .log
+                .unclaim(old.entry.volume, old.entry.offset, length);
+            self.undo.saving_bytes = self.undo.saving_bytes.saturating_sub(length);
+            if let Some(buf) = old.buf {
+                out.push(Action::ReleaseBuf { buf });
+            }
+        }
     }
 
     /// Received before the resync was stopped and not saved for: never reaches the disk, the source has bits for it.

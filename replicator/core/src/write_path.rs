@@ -3,6 +3,7 @@
 use crate::api::*;
 use crate::op::*;
 use crate::peer::*;
+use crate::resync_rate::Kind;
 use crate::service::*;
 use holdfast_wire_format::activity_log::ExtentKey;
 use holdfast_wire_format::frame::*;
@@ -143,6 +144,7 @@ impl Core {
                     offset,
                     length,
                     buf,
+                    arrived_at: self.now.0,
                 });
                 if self.diskless.is_some() {
                     return self.read_remotely(key, out);
@@ -301,6 +303,7 @@ impl Core {
             holds_buf: false,
             internal: false,
             in_overlap: true,
+            arrived_at: self.now.0,
             issued_at: self.now.0,
         };
         // A write under the requester's own lock passes it: the lock stands in the order for it.
@@ -618,6 +621,7 @@ impl Core {
             holds_buf: false,
             internal: request.is_none(),
             in_overlap: false,
+            arrived_at: self.now.0,
             issued_at: self.now.0,
         };
         let key = self.ops.insert(Op::Client(op));
@@ -705,6 +709,10 @@ impl Core {
                     op.replied = true;
                     let (position, request) = (op.position, op.request);
                     let (many, internal) = (op.part_of_many, op.internal);
+                    if let (Some(kind), false) = (op.kind(), internal) {
+                        let took = self.now.0.saturating_sub(op.arrived_at);
+                        self.resync_rate.answered(kind, took);
+                    }
                     if let (Data::Buf { buf, .. }, true) =
                         (op.data, std::mem::take(&mut op.holds_buf))
                     {
@@ -944,9 +952,16 @@ impl Core {
                 return self.read_remotely(key, out);
             }
         }
-        let Op::Read { request, .. } = self.ops.remove(key) else {
+        let Op::Read {
+            request,
+            arrived_at,
+            ..
+        } = self.ops.remove(key)
+        else {
             return;
         };
+        let took = self.now.0.saturating_sub(arrived_at);
+        self.resync_rate.answered(Kind::Read, took);
         let status = match result {
             Ok(()) => Status::Ok,
             Err(_) => Status::Io,

@@ -15,6 +15,8 @@ pub(super) struct RawTuning {
     async_block: Option<bool>,
     resync_window_bytes: Option<u64>,
     resync_chunk_bytes: Option<u32>,
+    resync_rate_min: Option<u64>,
+    resync_rate_max: Option<u64>,
     receive_bytes: Option<u64>,
     bitmap_pages: Option<usize>,
     undo_full_pauses: Option<bool>,
@@ -36,6 +38,8 @@ impl Reader<'_> {
                 .resync_window_bytes
                 .unwrap_or(default.resync_window_bytes),
             resync_chunk_bytes: raw.resync_chunk_bytes.unwrap_or(default.resync_chunk_bytes),
+            resync_rate_min: raw.resync_rate_min.unwrap_or(default.resync_rate_min),
+            resync_rate_max: raw.resync_rate_max.unwrap_or(default.resync_rate_max),
             receive_bytes: raw.receive_bytes.unwrap_or(default.receive_bytes),
             bitmap_pages: raw.bitmap_pages.unwrap_or(default.bitmap_pages),
             undo_full_pauses: raw.undo_full_pauses.unwrap_or(default.undo_full_pauses),
@@ -77,6 +81,17 @@ impl Reader<'_> {
             "resync_window_bytes",
             (u64::from(chunk)..=1 << 30).contains(&tuning.resync_window_bytes),
             "resync_chunk_bytes to 1 GiB".into(),
+        )?;
+        range(
+            "resync_rate_min",
+            (4096..=1 << 40).contains(&tuning.resync_rate_min),
+            "bytes per second, 4096 to 1 TiB".into(),
+        )?;
+        range(
+            "resync_rate_max",
+            tuning.resync_rate_max == 0
+                || (tuning.resync_rate_min..=1 << 40).contains(&tuning.resync_rate_max),
+            "bytes per second, resync_rate_min to 1 TiB, or 0 for no maximum".into(),
         )?;
         range(
             "async_queue_bytes",
