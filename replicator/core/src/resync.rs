@@ -29,11 +29,11 @@ impl Core {
         if !matches!(self.peers[at].relation, Relation::Source) || self.failed {
             return;
         }
-        let held_back = self.peers[at].resync_paused;
-        while !held_back {
+        loop {
             let outstanding = self.peers[at].source.outstanding_bytes;
             let most = self.tuning.resync_window_bytes;
-            if self.peers[at].source.cursor.0 >= self.volumes.len()
+            if self.peers[at].resync_paused
+                || self.peers[at].source.cursor.0 >= self.volumes.len()
                 || outstanding >= self.resync_rate.window(most, outstanding)
                 || !self.resync_rate.may_take(self.now)
             {
