@@ -434,7 +434,7 @@ const THIRD: usize = 2;
 fn source_dies(seed: u64, steps: usize) -> Option<(World, Content)> {
     let (mut w, old) = behind_of(&[Mode::Sync; 3], seed, UNDO, |_| ());
     resync_for(&mut w, steps);
-    w.crash(SOURCE, seed % 2 == 0);
+    w.crash(SOURCE, seed.is_multiple_of(2));
     w.cut.extend([(SOURCE, TARGET), (SOURCE, THIRD)]);
     (state(&w, TARGET) == CopyState::Inconsistent).then_some((w, old))
 }
