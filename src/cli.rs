@@ -358,6 +358,19 @@ pub enum SplitBrain {
         #[arg(long)]
         yes: bool,
     },
+    /// List what this node's copy wrote alone and gave up, as it was saved before it was overwritten
+    Saved { service: String },
+    /// Write saved blocks into a file or device, each at its own offset in the volume
+    Export {
+        service: String,
+        volume: String,
+        /// Name of the save, as `split-brain saved` lists it
+        #[arg(long, value_name = "NAME")]
+        save: String,
+        /// Where to: best a copy of the volume as it was then; a file that is not there is made, sparse
+        #[arg(long, value_name = "FILE")]
+        to: PathBuf,
+    },
 }
 
 #[derive(Clone, Copy, PartialEq, Eq, ValueEnum)]

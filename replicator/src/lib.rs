@@ -9,3 +9,4 @@ pub mod metrics;
 pub mod place;
 pub mod process;
 pub mod shard;
+pub mod surplus;

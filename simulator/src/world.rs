@@ -780,6 +780,16 @@ impl World {
                 let delay = self.rng.below(20_000);
                 self.process_event(node, delay, Event::ZeroCheck { op, zero });
             }
+            Action::SurplusBegin { .. } => {}
+            Action::SurplusWrite { op, .. } | Action::SurplusEnd { op, .. } => {
+                let result = if self.rng.chance(20) {
+                    Err("the state directory is full".to_owned())
+                } else {
+                    Ok("the simulator's memory".to_owned())
+                };
+                let delay = self.rng.below(200_000);
+                self.process_event(node, delay, Event::SurplusDone { op, result });
+            }
             Action::Send {
                 peer,
                 session,

@@ -200,18 +200,28 @@ impl Core {
                 result: Err(text),
             });
         }
+        let other = self
+            .peers
+            .iter()
+            .position(|p| matches!(p.row, Some(Row::R6 | Row::R15 | Row::R16)));
+        if let Some(at) = other
+            && self.surplus_of_person(at, admin, out)
+        {
+            return;
+        }
+        self.give_up_writes(admin, "", out);
+    }
+
+    /// This copy becomes the target of the one whose writes survive. `saved`: what became of its own.
+    pub(crate) fn give_up_writes(&mut self, admin: AdminId, saved: &str, out: &mut Actions) {
         self.sb.state = CopyState::Blank;
         self.sb.flags.zeroed = false;
         self.sb.target_of = GenerationId(0);
         self.sb.in_sync = self.sb.in_sync.without(self.slot);
-        self.commit(
-            Then::Admin {
-                admin,
-                text: "the writes of this copy since the fork are given up; it becomes the target"
-                    .into(),
-            },
-            out,
+        let text = format!(
+            "the writes of this copy since the fork are given up; it becomes the target{saved}"
         );
+        self.commit(Then::Admin { admin, text }, out);
         for at in 0..self.peers.len() {
             self.peers[at].wanted = true;
             if self.peers[at].session.is_none() {

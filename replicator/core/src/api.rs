@@ -157,6 +157,12 @@ pub enum Event {
         zero: bool,
     },
 
+    /// Answer to `SurplusWrite` and `SurplusEnd`: where it is kept, for a person (after the end); or why it is not.
+    SurplusDone {
+        op: OpId,
+        result: Result<String, String>,
+    },
+
     // --- the link ---
     LinkUp {
         peer: Slot,
@@ -381,6 +387,26 @@ pub enum Action {
         length: u32,
     },
 
+    // --- what this copy wrote alone and gives up, kept outside the volume for a person ---
+    SurplusBegin {
+        about: SurplusAbout,
+    },
+    /// The first `length` bytes of the buffer, as they are in the volume at `offset`. Answers with `SurplusDone`.
+    SurplusWrite {
+        op: OpId,
+        save: u64,
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+        buf: BufId,
+    },
+    /// All of it was given: kept durably from the answer on, or thrown away. Answers with `SurplusDone`.
+    SurplusEnd {
+        op: OpId,
+        save: u64,
+        keep: bool,
+    },
+
     // --- link ---
     Send {
         peer: Slot,
@@ -431,6 +457,21 @@ pub enum Action {
     Halt {
         reason: String,
     },
+}
+
+/// What is saved before it is overwritten.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub struct SurplusAbout {
+    /// Names this save; random.
+    pub save: u64,
+    /// The copy whose blocks replace these.
+    pub peer: Slot,
+    /// The generation both had in common, and the position in it after which these were written (0: not known closer).
+    pub generation: GenerationId,
+    pub after: Position,
+    /// An upper bound of what was written.
+    pub blocks: u64,
+    pub bytes: u64,
 }
 
 /// One line of the event log.
@@ -540,6 +581,9 @@ pub struct Tuning {
     pub bitmap_pages: usize,
     /// Undo full: pause the resync (true) or drop the undo loudly (false).
     pub undo_full_pauses: bool,
+    /// Most bytes of what this copy wrote alone that are saved for a person before another copy overwrites them (1 GiB);
+    /// 0 = nothing is saved.
+    pub surplus_bytes: u64,
     /// Use the activity log; off costs nothing per write but a full copy after a crash.
     pub activity_log: bool,
 }
@@ -561,6 +605,7 @@ impl Default for Tuning {
             receive_bytes: 32 << 20,
             bitmap_pages: 16384,
             undo_full_pauses: false,
+            surplus_bytes: 1 << 30,
             activity_log: true,
         }
     }

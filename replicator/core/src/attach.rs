@@ -498,6 +498,7 @@ impl Core {
             parked: false,
             undo,
             resync_rate: ResyncRate::new(&params.tuning, now),
+            surplus: None,
             diskless: None,
         };
         if core.sb.in_sync_pending != core.sb.in_sync {

@@ -29,6 +29,7 @@ mod roles;
 mod service;
 mod stability;
 pub mod status;
+mod surplus;
 pub mod undo;
 mod undo_rollback;
 mod undoing;

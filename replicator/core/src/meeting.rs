@@ -568,6 +568,7 @@ impl Core {
             how,
             goal: theirs.generations.last().map_or(GenerationId(0), |g| g.id),
             fresh: self.sb.target_of == GenerationId(0),
+            surplus: plan.surplus,
         };
         self.undo_prepare(plan, out);
     }

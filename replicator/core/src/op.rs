@@ -176,6 +176,13 @@ pub(crate) enum Op {
     Undo {
         step: UndoStep,
     },
+    /// Saving what only this copy has; no buffer: the end of it.
+    Surplus {
+        volume: VolumeIndex,
+        offset: u64,
+        length: u32,
+        buf: Option<BufId>,
+    },
 }
 
 /// What a step of saving or restoring old blocks is for.

@@ -228,6 +228,7 @@ pub struct Core {
     pub(crate) parked: bool,
     pub(crate) undo: crate::undoing::Undoing,
     pub(crate) resync_rate: crate::resync_rate::ResyncRate,
+    pub(crate) surplus: Option<crate::surplus::Saving>,
     /// The own disk failed and a member of S serves for it (D13).
     pub(crate) diskless: Option<crate::diskless::Diskless>,
 }
@@ -260,6 +261,7 @@ impl Core {
             Event::MetaDone { op, result } => self.meta_done(op, result, out),
             Event::HashDone { op, digest } => self.hash_done(op, digest, out),
             Event::ZeroCheck { op, zero } => self.zero_checked(op, zero, out),
+            Event::SurplusDone { op, result } => self.surplus_done(op, result, out),
             Event::CrcDone { op, crc, zero } => self.undo_crc_done(op, crc, zero, out),
             Event::LinkUp {
                 peer,
@@ -328,6 +330,7 @@ impl Core {
             Some(Op::ResyncRead { .. }) => self.resync_read_done(key, result, out),
             Some(Op::VerifyRead { .. }) => self.verify_read_done(key, result, out),
             Some(Op::Undo { .. }) => self.undo_done(key, result, out),
+            Some(Op::Surplus { .. }) => self.surplus_read(key, result, out),
             other => self.halt(
                 out,
                 &format!("disk answered operation {key} that is {other:?}"),

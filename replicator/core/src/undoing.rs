@@ -9,7 +9,7 @@
 //! `undo_lost` is durable before the first block is overwritten without being saved.
 
 use crate::api::*;
-use crate::handshake::How;
+use crate::handshake::{How, Surplus};
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
@@ -34,6 +34,8 @@ pub(crate) struct TargetPlan {
     pub goal: GenerationId,
     /// This copy was no target before: a point to return to exists, and an undo may be kept.
     pub fresh: bool,
+    /// What it gives up.
+    pub surplus: Option<Surplus>,
 }
 
 /// How far the preparation of a target is.
@@ -42,6 +44,8 @@ struct Preparing {
     plan: TargetPlan,
     flush_asked: bool,
     flushed: bool,
+    /// What this copy gives up was saved, or it was said that it is not.
+    surplus_over: bool,
     /// The log was begun for this plan.
     begun: bool,
 }
@@ -209,6 +213,7 @@ impl Core {
             plan,
             flush_asked: false,
             flushed: false,
+            surplus_over: false,
             begun: false,
         });
         self.undo_prepare_progress(out);
@@ -247,6 +252,14 @@ impl Core {
             return;
         }
         let begun = preparing.begun;
+        if plan.fresh && !preparing.surplus_over {
+            if !self.surplus_settled(&plan, out) {
+                return;
+            }
+            if let Some(preparing) = &mut self.undo.preparing {
+                preparing.surplus_over = true;
+            }
+        }
         let mut why_none = String::new();
         // Row 7: the next meeting takes them for granted, so they are durable before the source is recorded.
         if plan.how == How::BitsAndUndo && !self.save_all_bits(out) {
@@ -295,6 +308,13 @@ impl Core {
         self.undo.saving_bytes = 0;
         self.undo.records.clear();
         self.record_target(&plan, out);
+    }
+
+    pub(crate) fn undo_surplus_over(&mut self, out: &mut Actions) {
+        if let Some(preparing) = &mut self.undo.preparing {
+            preparing.surplus_over = true;
+        }
+        self.undo_prepare_progress(out);
     }
 
     /// Generation and position of what this copy holds.

@@ -11,6 +11,7 @@ use super::link::LinkPort;
 use super::memory::Memory;
 use super::service::{Service, Surroundings, Token};
 use super::spin::{Next, Spin};
+use super::surplus::SurplusPort;
 use crate::events::EventLog;
 use holdfast_disk::{Buf, Ring};
 use holdfast_frontend::{CloseReason, Completion, IoError, IoErrorKind, Request};
@@ -57,6 +58,7 @@ pub struct Shard {
     rearm: Notify,
     spin: RefCell<Spin>,
     spin_begins: Notify,
+    surplus: SurplusPort,
 }
 
 impl Shard {
@@ -67,6 +69,7 @@ impl Shard {
         log: EventLog,
         started: Instant,
         spin: Duration,
+        surplus: SurplusPort,
     ) -> Rc<Shard> {
         Rc::new(Shard {
             memory,
@@ -82,6 +85,7 @@ impl Shard {
             rearm: Notify::new(),
             spin: RefCell::new(Spin::new(spin)),
             spin_begins: Notify::new(),
+            surplus,
         })
     }
 
@@ -138,6 +142,7 @@ impl Shard {
                 link: &self.link,
                 memory: &self.memory,
                 log: &self.log,
+                surplus: &self.surplus,
                 now: self.now(),
             };
             self.take_in(&mut services, &around);
@@ -188,6 +193,11 @@ impl Shard {
             }
         }
         self.link.poll(services);
+        for (service, event) in self.surplus.poll() {
+            if let Some(service) = services.get_mut(service) {
+                service.events.push_back(event);
+            }
+        }
         loop {
             let next = self.incoming.borrow_mut().pop_front();
             let Some(Incoming {
@@ -268,7 +278,20 @@ impl Shard {
                 }
             }
         };
-        tokio::join!(ring, timer, watch, self.memory.serve_waiting(), spin);
+        let surplus = async {
+            loop {
+                self.surplus.ready().await;
+                self.pump();
+            }
+        };
+        tokio::join!(
+            surplus,
+            ring,
+            timer,
+            watch,
+            self.memory.serve_waiting(),
+            spin
+        );
     }
 
     fn tick(&self) {

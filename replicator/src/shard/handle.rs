@@ -111,6 +111,14 @@ impl NodeHandle {
             ("primary", "this copy became primary"),
             ("secondary", "this copy stopped being primary"),
             ("split-brain", "a split brain was found"),
+            (
+                "surplus-saved",
+                "what this copy wrote alone was saved for a person",
+            ),
+            (
+                "surplus-not-saved",
+                "what this copy wrote alone was given up unsaved",
+            ),
         ] {
             let last = events
                 .iter()

@@ -13,6 +13,7 @@ mod requests;
 mod service;
 pub mod spin;
 mod start;
+mod surplus;
 mod tls;
 
 pub use handle::NodeHandle;

@@ -7,6 +7,7 @@ use super::exports::OpenExports;
 use super::link::{LinkPort, PeerRef};
 use super::memory::Memory;
 use super::requests::{Ended, Kind, Requests, Shape, Sink};
+use super::surplus::SurplusPort;
 use crate::control::protocol::{EventReport, LevelName};
 use crate::events::{EventLog, now_ms};
 use crate::metrics::{PeerMetrics, VolumeMetrics};
@@ -59,6 +60,7 @@ pub(super) struct Surroundings<'a> {
     pub link: &'a LinkPort,
     pub memory: &'a Memory,
     pub log: &'a EventLog,
+    pub surplus: &'a SurplusPort,
     pub now: Time,
 }
 
@@ -397,6 +399,20 @@ impl Service {
                 let bytes = &self.entry(buf, length)?.bytes()[..length as usize];
                 let event = Event::CrcDone { op, crc: crc32fast::hash(bytes), zero: is_zero(bytes) };
                 self.events.push_back(event);
+                Ok(())
+            }
+            Action::SurplusBegin { about } => {
+                let volumes = self.volumes.iter().map(|volume| volume.name.clone()).collect();
+                around.surplus.begin(&self.name, volumes, about);
+                Ok(())
+            }
+            Action::SurplusWrite { op, save, volume, offset, length, buf } => {
+                let bytes = self.entry(buf, length)?.bytes()[..length as usize].to_vec();
+                around.surplus.write((self.index, op), save, volume.0 as usize, offset, bytes);
+                Ok(())
+            }
+            Action::SurplusEnd { op, save, keep } => {
+                around.surplus.end((self.index, op), save, keep);
                 Ok(())
             }
             Action::Send { peer, session, mut header, payload } => {

@@ -6,6 +6,7 @@ use super::handle::{Message, answer_messages};
 use super::link::{LinkPort, PeerRef};
 use super::memory::{Budgets, Memory};
 use super::service::{PeerState, Service, VolumeFiles};
+use super::surplus::SurplusPort;
 use super::tls::{self, TlsError};
 use crate::config::{Config, NbdTls, Profile, ServiceConfig};
 use crate::create::{VolumeError, peer_parameters, random_u64};
@@ -187,6 +188,7 @@ async fn bring_up(
         log.clone(),
         Instant::now(),
         config.node.spin,
+        SurplusPort::new(config.node.state_dir.clone()),
     );
     let mut hints = Hints::load(&config.node.state_dir);
     let mut hints_changed = false;

@@ -7,5 +7,6 @@ mod memory;
 mod process;
 mod reload;
 mod support;
+mod surplus;
 mod two_nodes;
 mod volumes;

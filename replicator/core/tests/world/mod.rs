@@ -60,7 +60,14 @@ pub struct Node {
     pub reads: BTreeMap<RequestId, (BufId, Vec<u8>)>,
     /// The disk answers everything with an error.
     pub broken: bool,
+    /// What was saved before it was overwritten: pieces of volumes, and whether it was kept at the end.
+    pub surplus: Vec<Saved>,
+    /// There is no place for more of it.
+    pub surplus_full: bool,
 }
+
+/// About, (volume, offset, bytes), kept.
+pub type Saved = (SurplusAbout, Vec<(u16, u64, Vec<u8>)>, Option<bool>);
 
 /// Header and payload of a frame on its way.
 pub type Encoded = (Vec<u8>, Vec<u8>);
@@ -199,6 +206,8 @@ impl World {
                 undo_bytes: 0,
                 reads: BTreeMap::new(),
                 broken: false,
+                surplus: Vec::new(),
+                surplus_full: false,
             });
         }
         world
@@ -428,6 +437,12 @@ impl World {
                 | Action::MetaWrite { .. }
                 | Action::MetaWriteBuf { .. }
                 | Action::MetaReadBuf { .. } => self.nodes[n].pending.push(action),
+                Action::SurplusBegin { about } => {
+                    self.nodes[n].surplus.push((about, Vec::new(), None));
+                }
+                Action::SurplusWrite { .. } | Action::SurplusEnd { .. } => {
+                    self.nodes[n].pending.push(action);
+                }
                 Action::Send {
                     peer,
                     session,
@@ -559,6 +574,12 @@ impl World {
 
     fn finish_disk(&mut self, n: usize, at: usize) {
         let action = self.nodes[n].pending.remove(at);
+        if matches!(
+            action,
+            Action::SurplusWrite { .. } | Action::SurplusEnd { .. }
+        ) {
+            return self.finish_surplus(n, &action);
+        }
         if self.nodes[n].broken {
             return self.finish_with_error(n, &action);
         }
@@ -608,6 +629,38 @@ impl World {
             _ => unreachable!(),
         };
         self.event(n, event);
+    }
+
+    fn finish_surplus(&mut self, n: usize, action: &Action) {
+        let node = &mut self.nodes[n];
+        let full = node.surplus_full;
+        let (op, save) = match action {
+            Action::SurplusWrite { op, save, .. } | Action::SurplusEnd { op, save, .. } => {
+                (*op, *save)
+            }
+            _ => unreachable!(),
+        };
+        let saved = node.surplus.iter_mut().find(|s| s.0.save == save).unwrap();
+        match action {
+            Action::SurplusWrite {
+                volume,
+                offset,
+                length,
+                buf,
+                ..
+            } => {
+                let bytes = node.bufs[&buf.0][..*length as usize].to_vec();
+                saved.1.push((volume.0, *offset, bytes));
+            }
+            Action::SurplusEnd { keep, .. } => saved.2 = Some(*keep && !full),
+            _ => {}
+        }
+        let result = if full {
+            Err("no space is left".into())
+        } else {
+            Ok(format!("/saved/{save}"))
+        };
+        self.event(n, Event::SurplusDone { op, result });
     }
 
     fn finish_with_error(&mut self, n: usize, action: &Action) {
@@ -752,6 +805,23 @@ impl World {
             }
         }
         false
+    }
+
+    /// Everything on its way arrives, and what wants to connect does.
+    pub fn deliver_all(&mut self) {
+        loop {
+            let full = self.wires.iter().find(|(_, wire)| !wire.is_empty());
+            match full.map(|(pair, _)| *pair) {
+                Some((from, to)) => self.deliver(from, to),
+                None if self.connect_wanted() => {}
+                None => return,
+            }
+        }
+    }
+
+    /// The oldest request of that node's disk ends.
+    pub fn finish_first(&mut self, n: usize) {
+        self.finish_disk(n, 0);
     }
 
     /// One random thing happens; false if nothing was left to do but wait.

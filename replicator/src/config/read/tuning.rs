@@ -20,6 +20,7 @@ pub(super) struct RawTuning {
     receive_bytes: Option<u64>,
     bitmap_pages: Option<usize>,
     undo_full_pauses: Option<bool>,
+    surplus_bytes: Option<u64>,
     activity_log: Option<bool>,
 }
 
@@ -43,6 +44,7 @@ impl Reader<'_> {
             receive_bytes: raw.receive_bytes.unwrap_or(default.receive_bytes),
             bitmap_pages: raw.bitmap_pages.unwrap_or(default.bitmap_pages),
             undo_full_pauses: raw.undo_full_pauses.unwrap_or(default.undo_full_pauses),
+            surplus_bytes: raw.surplus_bytes.unwrap_or(default.surplus_bytes),
             activity_log: raw.activity_log.unwrap_or(default.activity_log),
         };
         let chunk = tuning.resync_chunk_bytes;
