@@ -1,15 +1,15 @@
 //! `holdfast certificate`
 
-use crate::cli::{Certificate, Place, StateDir};
+use crate::cli::{Certificate, Place};
 use crate::consent;
 use crate::failure::{Failure, Outcome};
 use crate::reload;
-use holdfast_replicator::control::membership::{self, Certificates, MembershipError, Own};
+use holdfast_replicator::control::membership::{self, Certificates, MembershipError};
 
 pub fn run(place: &Place, verb: &Certificate) -> Outcome {
     match verb {
         Certificate::Show(state) => {
-            let found = done(membership::certificates(&own(place, state)))?;
+            let found = done(membership::certificates(&place.own(state, &[])?))?;
             say!("node {}\nin use  {}", found.node, found.current);
             if let Some(next) = found.next {
                 say!("next    {next}");
@@ -17,7 +17,7 @@ pub fn run(place: &Place, verb: &Certificate) -> Outcome {
             Ok(())
         }
         Certificate::Prepare(state) => {
-            let found = done(membership::prepare_certificate(&own(place, state)))?;
+            let found = done(membership::prepare_certificate(&place.own(state, &[])?))?;
             say!(
                 "the next certificate of node {} is {}; the present one stays in use until `holdfast certificate activate`. {}",
                 found.node,
@@ -34,7 +34,10 @@ pub fn run(place: &Place, verb: &Certificate) -> Outcome {
                     *yes,
                 )?;
             }
-            let found = done(membership::activate_certificate(&own(place, state), *force))?;
+            let found = done(membership::activate_certificate(
+                &place.own(state, &[])?,
+                *force,
+            ))?;
             say!(
                 "node {} uses certificate {} for every new connection. {}",
                 found.node,
@@ -44,10 +47,6 @@ pub fn run(place: &Place, verb: &Certificate) -> Outcome {
             Ok(())
         }
     }
-}
-
-fn own(place: &Place, state: &StateDir) -> Own {
-    Own::find(place.config.as_deref(), state.state_dir.as_deref(), &[])
 }
 
 fn done(result: Result<Certificates, MembershipError>) -> Result<Certificates, Failure> {

@@ -57,6 +57,8 @@ pub enum Verb {
     Promote(Promote),
     /// Stop accepting writes on this node
     Demote(Service),
+    /// Stop a service on this node cleanly while the replicator runs on; the replicator's next start takes it up again
+    Detach(Service),
     /// Allow the link to a peer, or to all of them
     Connect(Peer),
     /// Cut the link to a peer, or to all of them
@@ -215,12 +217,17 @@ pub enum Volume {
     },
     /// Give this node's copy of a volume more room (with the service stopped on every node, and on every node)
     Grow {
+        /// Name of the service
         service: String,
+        /// Name of the volume
         volume: String,
         /// Bytes, or with a unit as in 20GiB; a device must be large enough already, a file is made longer
         /// [default: all that the device has]
         size: Option<String>,
     },
+    /// Stop using the disks of this node's copy of a service, as if they had failed: a primary goes on through another copy that is
+    /// connected and in sync, and is refused where there is none
+    DetachDisk(Service),
     /// Start a volume anew on an empty disk, to be filled from the peer (with the replicator stopped)
     ReplaceDisk(VolumeReplace),
     /// Take the metadata off this node's copy of a volume; its data stays (with the replicator stopped)
@@ -242,6 +249,7 @@ pub struct Sizes {
 
 #[derive(Args)]
 pub struct VolumeCreate {
+    /// Name of the service
     pub service: String,
     /// Replace metadata that is there: this copy's history and what it knows of its peers are lost
     #[arg(long)]
@@ -258,6 +266,7 @@ pub struct VolumeCreate {
 
 #[derive(Args)]
 pub struct VolumeAdopt {
+    /// Name of the service
     pub service: String,
     /// With internal metadata: nothing of the data lies behind the configured size
     #[arg(long)]
@@ -268,7 +277,9 @@ pub struct VolumeAdopt {
 
 #[derive(Args)]
 pub struct VolumeReplace {
+    /// Name of the service
     pub service: String,
+    /// Name of the volume
     pub volume: String,
     /// The new disk has metadata already: replace it
     #[arg(long)]
@@ -282,7 +293,9 @@ pub struct VolumeReplace {
 
 #[derive(Args)]
 pub struct VolumeRemove {
+    /// Name of the service
     pub service: String,
+    /// Name of the volume
     pub volume: String,
     /// Do it without asking
     #[arg(long)]
@@ -383,6 +396,7 @@ pub enum Keep {
 
 #[derive(Args)]
 pub struct ExplainHandshake {
+    /// Name of the service
     pub service: String,
     /// Name of the peer's node
     pub peer: String,
@@ -409,6 +423,7 @@ pub struct Demo {
 
 #[derive(Args)]
 pub struct Completions {
+    /// For which shell; where the script belongs is in that shell's manual
     pub shell: clap_complete::Shell,
 }
 

@@ -2,14 +2,10 @@
 
 use crate::cli::{Init, Place};
 use crate::failure::{Failure, Outcome};
-use holdfast_replicator::control::membership::{Own, init};
+use holdfast_replicator::control::membership::init;
 
 pub fn run(place: &Place, options: &Init) -> Outcome {
-    let own = Own::find(
-        place.config.as_deref(),
-        options.state.state_dir.as_deref(),
-        &[],
-    );
+    let own = place.own(&options.state, &[])?;
     let identity =
         init(&own, options.name.as_deref()).map_err(|error| Failure::from_error(&error))?;
     say!(

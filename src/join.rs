@@ -3,15 +3,11 @@
 use crate::cli::{Join, Place};
 use crate::failure::{FAILED, Failure, Outcome};
 use crate::reload;
-use holdfast_replicator::control::membership::{Own, join};
+use holdfast_replicator::control::membership::join;
 use std::io::IsTerminal as _;
 
 pub fn run(place: &Place, options: &Join) -> Outcome {
-    let own = Own::find(
-        place.config.as_deref(),
-        options.state.state_dir.as_deref(),
-        &options.link.link_address,
-    );
+    let own = place.own(&options.state, &options.link.link_address)?;
     let token = match &options.token {
         Some(token) => token.clone(),
         None => read_token()?,

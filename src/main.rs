@@ -9,6 +9,7 @@ mod connect;
 mod consent;
 mod demo;
 mod demote;
+mod detach;
 mod disconnect;
 mod dump_metadata;
 mod events;
@@ -63,6 +64,7 @@ fn run(place: &cli::Place, verb: &Verb) -> Outcome {
         Verb::Events(options) => events::run(place, options),
         Verb::Promote(options) => promote::run(place, options),
         Verb::Demote(service) => demote::run(place, service),
+        Verb::Detach(service) => detach::run(place, service),
         Verb::Connect(options) => connect::run(place, options),
         Verb::Disconnect(options) => disconnect::run(place, options),
         Verb::Pause(options) => pause::run(place, options),

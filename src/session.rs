@@ -1,10 +1,13 @@
 //! The way from the options to a running replicator and one of its services.
 
-use crate::cli::{Place, Service};
+use crate::cli::{Place, Service, StateDir};
 use crate::failure::{FAILED, Failure};
 use holdfast_replicator::config::{Config, DEFAULT_PATH};
 use holdfast_replicator::control::client::Client;
+use holdfast_replicator::control::find_socket;
+use holdfast_replicator::control::membership::Own;
 use holdfast_replicator::control::protocol::{NodeStatus, ServiceCommand, ServiceReport};
+use std::net::SocketAddr;
 use std::path::Path;
 
 /// A connection, and the service a command is about.
@@ -20,12 +23,17 @@ impl Place {
         Config::load(file).map_err(|error| Failure::from_error(&error))
     }
 
+    /// Where this node keeps its identity, and what peers are told of it.
+    pub fn own(&self, state: &StateDir, link_addresses: &[SocketAddr]) -> Result<Own, Failure> {
+        let directory = state.state_dir.as_deref();
+        Own::find(self.config.as_deref(), directory, link_addresses)
+            .map_err(|error| Failure::from_error(&error))
+    }
+
     /// Connects to the replicator these options name.
     pub fn connect(&self) -> Result<Client, Failure> {
-        let path = holdfast_replicator::control::find_socket(
-            self.socket.as_deref(),
-            self.config.as_deref(),
-        );
+        let path = find_socket(self.socket.as_deref(), self.config.as_deref())
+            .map_err(|error| Failure::from_error(&error))?;
         Ok(Client::connect(&path)?)
     }
 

@@ -4,15 +4,11 @@ use crate::cli::{Place, Token};
 use crate::failure::{Failure, Outcome};
 use crate::output::print;
 use crate::reload;
-use holdfast_replicator::control::membership::{Own, wait_for_peer};
+use holdfast_replicator::control::membership::wait_for_peer;
 use std::time::Duration;
 
 pub fn run(place: &Place, options: &Token) -> Outcome {
-    let own = Own::find(
-        place.config.as_deref(),
-        options.state.state_dir.as_deref(),
-        &options.link.link_address,
-    );
+    let own = place.own(&options.state, &options.link.link_address)?;
     let lifetime = Duration::from_secs(options.valid * 60);
     let peer = wait_for_peer(
         &own,

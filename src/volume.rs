@@ -6,6 +6,7 @@ use crate::failure::{FAILED, Failure, Outcome};
 use crate::output::{json_line, print};
 use holdfast_replicator::config::parse_size;
 use holdfast_replicator::control::dump;
+use holdfast_replicator::control::protocol::ServiceCommand;
 use holdfast_replicator::control::render;
 use holdfast_replicator::create::{self, CreateOptions, Created};
 
@@ -19,6 +20,7 @@ pub fn run(place: &Place, verb: &Volume) -> Outcome {
             volume,
             size,
         } => grow(place, service, volume, size.as_deref()),
+        Volume::DetachDisk(service) => place.session(service)?.run(ServiceCommand::DetachDisk),
         Volume::ReplaceDisk(options) => replace_disk(place, options),
         Volume::Remove(options) => remove(place, options),
     }

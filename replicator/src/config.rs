@@ -17,6 +17,9 @@ use std::time::Duration;
 /// Where the file is looked for when nothing else is said.
 pub const DEFAULT_PATH: &str = "/etc/holdfast/holdfast.toml";
 
+/// The directory of identity, peers and event log unless the configuration names another.
+pub const DEFAULT_STATE_DIR: &str = "/var/lib/holdfast";
+
 /// The control socket unless the configuration names another.
 pub const DEFAULT_CONTROL_SOCKET: &str = "/run/holdfast/control.sock";
 

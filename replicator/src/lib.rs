@@ -6,6 +6,7 @@ pub mod create;
 pub mod demo;
 pub mod events;
 pub mod metrics;
+pub mod observed;
 pub mod place;
 pub mod process;
 pub mod shard;

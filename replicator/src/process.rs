@@ -8,8 +8,9 @@ use crate::config::{Config, ConfigError, check};
 use crate::control::node::Node as _;
 use crate::control::protocol::LevelName;
 use crate::control::server::{ListenError, Server};
-use crate::events::{EventLog, EventLogError};
+use crate::events::{EventLog, EventLogError, now_ms};
 use crate::metrics::Metrics;
+use crate::observed::{LOOK_INTERVAL, Observed};
 use crate::shard::{self, Addresses, NodeHandle, Setup, StartError};
 use holdfast_link::{Identity, LinkError, PeerStore};
 use holdfast_replicator_core::api::Refusal;
@@ -86,6 +87,8 @@ pub struct Replicator {
     addresses: Addresses,
     metrics: Option<SocketAddr>,
     log: EventLog,
+    observed: Arc<Observed>,
+    remembering: tokio::task::JoinHandle<()>,
     shard: JoinHandle<()>,
     stop: watch::Sender<bool>,
     control: tokio::task::JoinHandle<()>,
@@ -137,11 +140,13 @@ impl Replicator {
             .as_ref()
             .and_then(|listener| listener.local_addr().ok());
         let (identity, peers) = (Arc::new(identity), Arc::new(PeerStore::load(&state_dir)?));
+        let observed = Arc::new(Observed::load(&state_dir));
         let (handle, messages) = NodeHandle::new(
             config.node.name.clone(),
             log.clone(),
             identity.clone(),
             peers.clone(),
+            observed.clone(),
         );
         let names: Vec<&str> = config
             .services
@@ -166,6 +171,7 @@ impl Replicator {
             metrics: metrics.clone(),
             messages,
             config,
+            observed: observed.clone(),
         };
         let (addresses, shard) = shard::start(setup).await.inspect_err(|error| {
             log.node(LevelName::Error, "start-failed", error.to_string());
@@ -186,7 +192,24 @@ impl Replicator {
                 }
             });
         }
+        let (node, mut ends) = (handle.clone(), stop.subscribe());
+        let remembering = tokio::spawn({
+            let observed = observed.clone();
+            async move {
+                loop {
+                    remember(&node, &observed).await;
+                    if tokio::time::timeout(LOOK_INTERVAL, ends.wait_for(|stop| *stop))
+                        .await
+                        .is_ok()
+                    {
+                        return;
+                    }
+                }
+            }
+        });
         Ok(Replicator {
+            observed,
+            remembering,
             handle,
             addresses,
             metrics: metrics_address,
@@ -221,6 +244,9 @@ impl Replicator {
     /// Stops cleanly: clients are sent away, every service is demoted if it is primary, flushed and marked clean. What did not
     /// work is returned.
     pub async fn stop(self) -> Vec<Refusal> {
+        // What is written from here on makes the remembered moment older than the true one, never younger.
+        self.remembering.abort();
+        remember(&self.handle, &self.observed).await;
         let refusals = self.handle.stop().await;
         let shard = self.shard;
         if let Ok(Err(_)) = tokio::task::spawn_blocking(move || shard.join()).await {
@@ -240,6 +266,20 @@ impl Replicator {
         let log = self.log;
         let _ = tokio::task::spawn_blocking(move || log.settle(LOG_GRACE)).await;
         refusals
+    }
+}
+
+/// Looks at the status, and writes down what is to be known after a restart if that is news.
+async fn remember(handle: &NodeHandle, observed: &Arc<Observed>) {
+    let status = handle.status().await;
+    if !observed.note(&status.services, now_ms()) {
+        return;
+    }
+    let observed = observed.clone();
+    // It waits for the disk.
+    let stored = tokio::task::spawn_blocking(move || observed.store()).await;
+    if let Ok(Err(error)) = stored {
+        tracing::warn!(%error, "what the status knows of lag could not be written to the state directory: after a restart it is told as older");
     }
 }
 

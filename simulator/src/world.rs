@@ -464,6 +464,7 @@ impl World {
                 .enumerate()
                 .map(|(i, sectors)| AttachVolume {
                     index: VolumeIndex(i as u16),
+                    name: format!("volume-{i}"),
                     device_data_size: sectors * SECTOR,
                     sector_size: SECTOR as u32,
                     discard_zeroes: true,

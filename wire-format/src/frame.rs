@@ -169,16 +169,18 @@ pub struct Facts {
     pub in_sync: SlotSet,
     pub in_sync_version: u64,
     pub in_sync_pending: SlotSet,
-    /// Index, volume id, size in bytes, sector size, disk id of each volume.
+    /// Index, volume id, name, size in bytes, sector size, disk id of each volume.
     pub volumes: Vec<VolumeFacts>,
     /// About the copy this is sent to.
     pub about_peer: PeerFacts,
 }
 
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[derive(Clone, PartialEq, Eq, Debug)]
 pub struct VolumeFacts {
     pub index: VolumeIndex,
     pub volume: Uuid,
+    /// What the sender's configuration calls it, at most 63 bytes; empty where the sender does not say.
+    pub name: String,
     pub disk: Uuid,
     pub size: u64,
     pub sector_size: u32,

@@ -79,6 +79,26 @@ fn a_hello_of_the_future_may_have_longer_sections_and_more_of_them() {
 }
 
 #[test]
+fn a_hello_without_the_names_of_volumes_tells_none() {
+    let bytes = hello_bytes();
+    let mut at = 18;
+    for _ in 0..5 {
+        at += 2 + usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+    }
+    let mut unnamed = hello();
+    for volume in &mut unnamed.facts.volumes {
+        assert!(!volume.name.is_empty());
+        volume.name.clear();
+    }
+    assert_eq!(
+        decode_body(FrameKind::Hello, &bytes[..at]),
+        Ok(Body::Hello(Box::new(unnamed)))
+    );
+    // Names that are cut off are no names.
+    assert!(decode_body(FrameKind::Hello, &bytes[..bytes.len() - 1]).is_err());
+}
+
+#[test]
 fn a_hello_that_cannot_be_read_says_so_by_its_version_if_that_is_why() {
     let unreadable = |min: u8, max: u8, required: u64| {
         let mut bytes = vec![min, max];

@@ -92,6 +92,7 @@ impl Core {
             Command::SetOnPeerLoss { policy, force } => self.set_policy(admin, policy, force, out),
             Command::Grow { volume, size } => self.grow(admin, volume, size, out),
             Command::Detach => self.detach(admin, out),
+            Command::DetachDisk => self.detach_disk(admin, out),
             Command::WhatWouldForceLose => {
                 let text = self.what_force_loses();
                 out.push(Action::AdminDone {
@@ -396,6 +397,43 @@ impl Core {
     }
 
     // --- detach ---
+
+    /// D13 by request: a disk that begins to fail is left while there still is a copy to go on through.
+    fn detach_disk(&mut self, admin: AdminId, out: &mut Actions) {
+        let refused = |what: String, next: &str| Action::AdminDone {
+            admin,
+            result: Err(refusal(
+                what,
+                "Nothing was changed, the disk stays in use",
+                next,
+            )),
+        };
+        if self.failed {
+            let what = "this copy goes without its disk already".to_owned();
+            return out.push(refused(what, "Replace the disk"));
+        }
+        if self.role != Role::Primary {
+            let what = format!(
+                "this copy is {}: only a primary can go on through another copy's disk",
+                words::role(self.role)
+            );
+            let next = "Stop the service on this node (`holdfast detach`), then replace the disk";
+            return out.push(refused(what, next));
+        }
+        let Some(server) = self.diskless_server().map(|at| self.peers[at].slot) else {
+            let what = "no other copy is connected, in sync and mirrored right now, so nothing could serve this one's data".to_owned();
+            let next = "Connect a copy that is not asynchronous and let it finish its resync, then ask again";
+            return out.push(refused(what, next));
+        };
+        self.disk_failed("its disk was taken out of use by a person", out);
+        out.push(Action::AdminDone {
+            admin,
+            result: Ok(format!(
+                "this copy's disk is not used any more; the service goes on through copy {}, which now holds the only current data",
+                server.0
+            )),
+        });
+    }
 
     fn detach(&mut self, admin: AdminId, out: &mut Actions) {
         if self.detaching.is_some() {

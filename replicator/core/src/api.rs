@@ -251,6 +251,8 @@ pub enum Command {
     },
     /// Stop cleanly: demote if primary, flush, mark clean. `AdminDone` when all is durable.
     Detach,
+    /// Stop using this copy's disk, as if it had failed, and go on through another copy. Only a primary with one that can serve.
+    DetachDisk,
     /// What would be lost or decided, changing nothing.
     WhatWouldForceLose,
 }
@@ -535,9 +537,11 @@ pub struct AttachParameters {
     pub tuning: Tuning,
 }
 
-#[derive(Clone, Copy, Debug)]
+#[derive(Clone, Debug)]
 pub struct AttachVolume {
     pub index: VolumeIndex,
+    /// What the configuration calls it, at most 63 bytes. Copies that call a volume differently do not connect.
+    pub name: String,
     /// Bytes of the device that may hold data now (without the metadata area).
     pub device_data_size: u64,
     pub sector_size: u32,

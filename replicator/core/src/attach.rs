@@ -350,13 +350,14 @@ impl Core {
             let known = lead_sb.volume_disks.get(index).copied().unwrap_or_default();
             volumes.push(Volume {
                 id: sb.volume,
-                name: sb.volume_name.clone(),
+                name: v.name.clone(),
                 disk: sb.disk,
                 size: sb.data_size,
                 sector_size: sb.sector_size,
                 grain_shift: sb.grain_shift,
                 layout,
                 blank: known != sb.disk,
+                unread: Default::default(),
                 superblock: sb,
                 // What an earlier process wrote may still be in the disk's cache.
                 unflushed: true,
@@ -445,6 +446,9 @@ impl Core {
         sb.log_incomplete = every_block_counts || !params.tuning.activity_log;
         let log_recovery = LogRecovery::new(damaged, every_block_counts, &mut log);
         let position = sb.position;
+        for peer in &mut peers {
+            peer.behind_before = peer.dirty_bits() > 0;
+        }
         let mut core = Core {
             slot: params.slot,
             tuning: params.tuning,
@@ -571,6 +575,8 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         queued_bytes: 0,
         oldest_unacked: None,
         behind_since: None,
+        behind_before: false,
+        unread: 0,
         source: SourceState::default(),
         target: TargetState::default(),
         verify: VerifyState::default(),

@@ -42,6 +42,7 @@ impl Core {
         for peer in &mut self.peers {
             if follows || peer.dirty_bits() == 0 {
                 peer.behind_since = None;
+                peer.behind_before = false;
             } else {
                 peer.behind_since.get_or_insert(self.now);
             }

@@ -66,7 +66,7 @@ impl Core {
     }
 
     /// The peer that may serve: a member of the committed and the pending S that gets every write now.
-    fn diskless_server(&self) -> Option<usize> {
+    pub(crate) fn diskless_server(&self) -> Option<usize> {
         if self.role != Role::Primary || self.dropping || !self.generation_unknown_to.is_empty() {
             return None;
         }

@@ -33,6 +33,7 @@ mod surplus;
 pub mod undo;
 mod undo_rollback;
 mod undoing;
+mod unread;
 mod verify;
 pub mod words;
 mod write_path;

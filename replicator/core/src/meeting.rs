@@ -150,6 +150,7 @@ impl Core {
                 .map(|(index, v)| VolumeFacts {
                     index: VolumeIndex(index as u16),
                     volume: v.id,
+                    name: v.name.clone(),
                     disk: v.disk,
                     size: v.size,
                     sector_size: v.sector_size,

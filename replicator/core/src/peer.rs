@@ -258,6 +258,10 @@ pub(crate) struct Peer {
     pub oldest_unacked: Option<Position>,
     /// Since when the bitmap has named blocks that it lacks; as far back as the oldest write among them, where that is known.
     pub behind_since: Option<Time>,
+    /// Some of those blocks were named before this copy was attached: it lacks them for longer than `behind_since` says.
+    pub behind_before: bool,
+    /// Volumes, one bit each, whose disk there could not be read throughout by the last verify.
+    pub unread: u64,
     pub source: SourceState,
     pub target: TargetState,
     pub verify: VerifyState,

@@ -681,7 +681,9 @@ impl Core {
             ApplyKind::Verify {
                 sequence,
                 digest: theirs,
+                run,
             } => {
+                self.was_read(at, run, &op, result.is_ok(), out);
                 let body = Body::VerifyReply {
                     sequence,
                     equal: digest == Some(theirs),

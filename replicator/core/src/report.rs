@@ -5,6 +5,7 @@ use crate::peer::*;
 use crate::service::*;
 use crate::status::*;
 use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::CopyState;
 
 impl Core {
     /// A snapshot of everything this copy knows of its service.
@@ -40,6 +41,7 @@ impl Core {
                     size: v.size,
                     sector_size: v.sector_size,
                     disk: v.disk,
+                    unread: v.unread.failed,
                 })
                 .collect(),
             peers: (0..self.peers.len())
@@ -82,11 +84,18 @@ impl Core {
             node: peer.node,
             mode: peer.mode,
             link,
-            state: peer.their_state,
+            // Since it told of its disk it said no other state.
+            state: if peer.diskless {
+                Some(CopyState::Failed)
+            } else {
+                peer.their_state
+            },
             is_primary: peer.is_primary,
             dirty_bytes: peer.dirty_bytes(),
             unacknowledged_bytes: peer.unacked_bytes,
             lag_ms: self.behind_ms(at, now),
+            lag_from_before: peer.behind_before && peer.behind_since.is_some(),
+            unread: crate::unread::volumes(peer.unread),
             resync: self.resync_status(at, now),
             verify: (peer.verify.total_bytes > 0).then_some(VerifyStatus {
                 total_bytes: peer.verify.total_bytes,

@@ -141,6 +141,7 @@ pub(crate) struct Volume {
     pub unflushed: bool,
     /// Its disk id is not the one the lead superblock knows: nothing on it counts.
     pub blank: bool,
+    pub unread: crate::unread::Unread,
 }
 
 /// A promotion under way.

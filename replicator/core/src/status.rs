@@ -57,6 +57,8 @@ pub struct VolumeStatus {
     pub size: u64,
     pub sector_size: u32,
     pub disk: Uuid,
+    /// A verify could not read all of it from this copy's disk, and none has since.
+    pub unread: bool,
 }
 
 #[derive(Clone, Debug)]
@@ -72,8 +74,12 @@ pub struct PeerStatus {
     pub dirty_bytes: u64,
     pub unacknowledged_bytes: u64,
     /// For how long the peer has lacked something, in ms: the age of the oldest write it has not acknowledged, whether that is
-    /// on its way, parked, or only bits in the bitmap. After a restart of this copy, counted from there.
+    /// on its way, parked, or only bits in the bitmap. Where it lacks something from before this copy was attached, counted from there.
     pub lag_ms: u64,
+    /// It lacks something from before this copy was attached: for longer than `lag_ms`, and the core cannot know for how long.
+    pub lag_from_before: bool,
+    /// Volumes whose disk there a verify could not read throughout, and none has since.
+    pub unread: Vec<VolumeIndex>,
     pub resync: Option<ResyncStatus>,
     pub verify: Option<VerifyStatus>,
     /// What the last handshake decided, in words.

@@ -249,6 +249,7 @@ impl Core {
                     .checked_add(u64::from(header.length))
                     .is_some_and(|end| end <= v.size)
         });
+        let run = self.begin_reading(at, header);
         let in_turn = matches!(
             self.peers[at].relation,
             Relation::Established | Relation::Target
@@ -267,7 +268,16 @@ impl Core {
             crc: 0,
             crc_known: false,
         };
-        self.enqueue(at, ApplyKind::Verify { sequence, digest }, header, data);
+        self.enqueue(
+            at,
+            ApplyKind::Verify {
+                sequence,
+                digest,
+                run,
+            },
+            header,
+            data,
+        );
         self.pump_inbox(at, out);
     }
 
@@ -302,6 +312,7 @@ impl Core {
         let chunk = verify.outstanding.swap_remove(index);
         verify.done_bytes += u64::from(chunk.length);
         if failed {
+            self.peer_could_not_read(at, chunk, out);
             return self.verify_ended(at, "the other copy could not read", out);
         }
         if !equal {
@@ -323,6 +334,8 @@ impl Core {
         verify.running = false;
         let (done, different) = (verify.done_bytes, verify.different_bytes);
         let admin = verify.admin.take();
+        let only = verify.only;
+        self.peers[at].unread &= only.map_or(0, |volume| !(1 << volume.0));
         let slot = self.peers[at].slot;
         let text = if different == 0 {
             format!("equal: {done} bytes compared with copy {}", slot.0)

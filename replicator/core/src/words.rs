@@ -1,6 +1,7 @@
 //! States in the words that people read. Copies are called `copy N` or `slot N` by their number, the only name the
 //! core knows; the shell puts the node's name there ([`named`]).
 
+use crate::api::Role;
 use crate::handshake::PromotionKind;
 use holdfast_wire_format::frame::GoodbyeCode;
 use holdfast_wire_format::ids::{Slot, SlotSet};
@@ -34,6 +35,16 @@ pub(crate) fn mode(mode: Mode) -> &'static str {
         Mode::Sync => "sync",
         Mode::SemiSync => "semi-sync",
         Mode::Async => "async",
+    }
+}
+
+pub(crate) fn role(role: Role) -> &'static str {
+    match role {
+        Role::Secondary => "secondary",
+        Role::Promoting => "about to become primary",
+        Role::Primary => "primary",
+        Role::Demoting => "about to become secondary",
+        Role::Detached => "detached",
     }
 }
 

@@ -159,6 +159,65 @@ fn the_service_goes_on_without_the_primarys_disk() {
 }
 
 #[test]
+fn a_disk_is_left_on_request_while_another_copy_can_serve() {
+    for seed in 0..25 {
+        let mut w = pair(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend);
+        // Only a primary goes on through another copy.
+        let refusal = w.command(1, Command::DetachDisk).unwrap_err();
+        assert!(refusal.what.contains("is secondary"), "{refusal}");
+        let mut blocks = Blocks::default();
+        blocks.write(&mut w, 30);
+        let text = w
+            .command(0, Command::DetachDisk)
+            .unwrap_or_else(|e| panic!("{e}"));
+        assert!(text.contains("through copy 1"), "{text}");
+        blocks.write(&mut w, 30);
+        w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        assert_eq!(blocks.failures(&w), 0, "no write failed (seed {seed})");
+        reads_back(&mut w, &blocks);
+        blocks.check_durable(&w, 1);
+        // Nothing new was given to the disk that was left; what was on its way may have arrived.
+        let status = w.nodes[0].core.as_ref().unwrap().status(w.now);
+        assert_eq!(status.state, CopyState::Failed);
+        // Who serves for it knows, and does not call the pair whole.
+        let status = w.nodes[1].core.as_ref().unwrap().status(w.now);
+        assert_eq!(status.peers[0].state, Some(CopyState::Failed));
+        w.steps(200);
+        let arrived = w.nodes[0].disk.data.clone();
+        blocks.write(&mut w, 30);
+        w.until("every write is answered", 100_000, |w| blocks.answered(w));
+        assert_eq!(w.nodes[0].disk.data, arrived, "seed {seed}");
+        let refusal = w.command(0, Command::DetachDisk).unwrap_err();
+        assert!(refusal.what.contains("already"), "{refusal}");
+        // As after any failure: the service moves, the disk comes back as a target.
+        w.command(0, Command::Demote)
+            .unwrap_or_else(|e| panic!("{e}"));
+        w.promote(1, false).unwrap_or_else(|e| panic!("{e}"));
+        w.crash(0, false);
+        w.start(0);
+        w.nodes[1].wants = vec![Slot(0)];
+        w.until("both are up to date", 400_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(0) && w.up_to_date(1)
+        });
+        assert_eq!(w.nodes[0].disk.data, w.nodes[1].disk.data);
+        blocks.check(&w, 0);
+    }
+}
+
+#[test]
+fn a_disk_is_not_left_where_no_other_copy_can_serve() {
+    let mut w = pair(7, &[Mode::Sync, Mode::Sync], OnPeerLoss::Continue);
+    w.crash(1, false);
+    let first = w.write(0, 0, 0, vec![1; 4096], false);
+    w.until("alone", 20_000, |w| w.status_of(0, first).is_some());
+    let refusal = w.command(0, Command::DetachDisk).unwrap_err();
+    assert!(refusal.what.contains("no other copy"), "{refusal}");
+    let second = w.write(0, 0, 0, vec![2; 4096], false);
+    w.until("it goes on", 20_000, |w| w.status_of(0, second).is_some());
+    assert_eq!(w.status_of(0, second), Some(Status::Ok));
+}
+
+#[test]
 fn the_service_moves_to_the_server_and_the_repaired_disk_follows() {
     for seed in 0..25 {
         let mut w = pair(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend);

@@ -3,7 +3,7 @@
 mod world;
 
 use holdfast_replicator_core::api::*;
-use holdfast_wire_format::ids::{Slot, SlotSet};
+use holdfast_wire_format::ids::{Slot, SlotSet, VolumeIndex};
 use holdfast_wire_format::metadata::*;
 use world::*;
 
@@ -335,6 +335,101 @@ fn verify_finds_what_differs_and_only_that() {
         w.command(0, Command::Verify { volume: None })
             .unwrap_or_else(|e| panic!("{e}"));
     }
+}
+
+/// Volumes that a verify could not read: of copy 1 as it says itself, and as copy 0 says.
+fn unread(w: &World) -> (bool, usize) {
+    let status = |n: usize| w.nodes[n].core.as_ref().unwrap().status(w.now);
+    (
+        status(1).volumes.iter().any(|volume| volume.unread),
+        status(0).peers[0].unread.len(),
+    )
+}
+
+#[test]
+fn a_disk_that_a_verify_could_not_read_is_remembered_until_one_has_read_everything() {
+    for seed in 610..620 {
+        let mut w = pair(seed, OnPeerLoss::Suspend);
+        w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+        let requests = load(&mut w, 0, 60);
+        all_ok(&mut w, 0, &requests);
+        assert_eq!(unread(&w), (false, 0));
+        w.nodes[1].bad = Some((0, w.rng.below(SIZE)));
+        let refusal = w.command(0, Command::Verify { volume: None }).unwrap_err();
+        assert!(refusal.what.contains("could not read"), "{refusal}");
+        assert_eq!(unread(&w), (true, 1));
+        for n in [0, 1] {
+            let said = |notice: &&Notice| notice.kind == "verify-unreadable";
+            assert!(
+                w.nodes[n].notices.iter().any(|notice| said(&notice)),
+                "copy {n}"
+            );
+            // In S as before: nothing is lost that another copy does not have.
+            let status = w.nodes[n].core.as_ref().unwrap().status(w.now);
+            assert_eq!(status.in_sync, SlotSet(0b11));
+        }
+        // Not as long as the block is bad, and not by a verify that a person ends.
+        w.command(0, Command::Verify { volume: None }).unwrap_err();
+        w.nodes[1].bad = None;
+        let half = w.admin(0, Command::Verify { volume: None });
+        w.steps(3);
+        w.command(0, Command::StopVerify)
+            .unwrap_or_else(|e| panic!("{e}"));
+        if w.nodes[0].admin.get(&half).is_some_and(Result::is_err) {
+            assert_eq!(unread(&w), (true, 1));
+        }
+        w.command(0, Command::Verify { volume: None })
+            .unwrap_or_else(|e| panic!("{e}"));
+        w.until("the last digest is compared", 1000, |w| {
+            unread(w) == (false, 0)
+        });
+    }
+}
+
+#[test]
+fn what_was_known_of_unreadable_disks_is_recalled_after_a_restart() {
+    let mut w = pair(620, OnPeerLoss::Suspend);
+    w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+    let all = [VolumeIndex(0), VolumeIndex(60)];
+    w.nodes[1].core.as_mut().unwrap().recall_unread(&all, &[]);
+    let of_peer = [(Slot(1), all.to_vec()), (Slot(5), all.to_vec())];
+    w.nodes[0]
+        .core
+        .as_mut()
+        .unwrap()
+        .recall_unread(&[], &of_peer);
+    assert_eq!(unread(&w), (true, 1));
+    w.command(0, Command::Verify { volume: None })
+        .unwrap_or_else(|e| panic!("{e}"));
+    w.until("all was read", 1000, |w| unread(w) == (false, 0));
+}
+
+#[test]
+fn a_lag_from_before_the_attach_is_told_as_such() {
+    let mut w = pair(621, OnPeerLoss::Continue);
+    w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+    let older = |w: &World| {
+        let peer = w.nodes[0]
+            .core
+            .as_ref()
+            .unwrap()
+            .status(w.now)
+            .peers
+            .remove(0);
+        (peer.lag_from_before, peer.dirty_bytes > 0)
+    };
+    w.crash(1, false);
+    let requests = load(&mut w, 0, 5);
+    all_ok(&mut w, 0, &requests);
+    // It saw them itself.
+    assert_eq!(older(&w), (false, true));
+    w.crash(0, false);
+    w.start(0);
+    w.steps(20);
+    assert_eq!(older(&w), (true, true));
+    w.start(1);
+    in_sync_again(&mut w, &[0, 1]);
+    assert_eq!(older(&w), (false, false));
 }
 
 #[test]

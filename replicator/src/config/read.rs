@@ -55,7 +55,7 @@ struct RawNode {
 const MAX_SPIN_US: u64 = 1000;
 
 fn default_state_dir() -> PathBuf {
-    "/var/lib/holdfast".into()
+    DEFAULT_STATE_DIR.into()
 }
 fn default_control_socket() -> PathBuf {
     DEFAULT_CONTROL_SOCKET.into()

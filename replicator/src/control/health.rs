@@ -2,6 +2,8 @@
 //! everything short of "all copies in sync" is named here, in one place, for the screen, for JSON and for metrics.
 
 use super::report::*;
+use holdfast_replicator_core::words;
+use holdfast_wire_format::frame::GoodbyeCode;
 
 /// Everything short of full health, worst first.
 pub fn problems(service: &ServiceReport) -> Vec<Problem> {
@@ -55,8 +57,10 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
     if service.role == RoleName::Detached {
         say(
             Severity::Critical,
-            "the service is detached on this node and does nothing".into(),
+            "the service is detached on this node and does nothing until the replicator is started again".into(),
         );
+        // It meets nobody, and nothing is wrong with the others for that.
+        return found;
     }
     let other_primary =
         service.role == RoleName::Primary && service.peers.iter().any(|peer| peer.is_primary);
@@ -65,6 +69,16 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
             Severity::Critical,
             "the peer claims to be primary as well; `holdfast split-brain show` has the facts"
                 .into(),
+        );
+    }
+    for volume in service.volumes.iter().filter(|volume| volume.unread) {
+        say(
+            Severity::Degraded,
+            format!(
+                "a verify could not read all of volume {} from this node's disk: what stands there may be lost on this copy. Replace the \
+                 disk, or have all of it written anew (`holdfast invalidate`); a verify that reads everything ends this",
+                volume.name
+            ),
         );
     }
     for peer in &service.peers {
@@ -91,8 +105,9 @@ fn peer_problems(
         LinkName::Off => say(
             Severity::Degraded,
             format!(
-                "the link to {name} is off{}; `holdfast connect` allows it again",
-                why(&peer.last_error)
+                "the link to {name} is off{}; {}",
+                why(&peer.last_error),
+                way_back(service, peer)
             ),
         ),
         LinkName::Connecting => {
@@ -111,6 +126,16 @@ fn peer_problems(
             );
         }
         LinkName::Resync | LinkName::Established => {}
+    }
+    if peer.state == Some(StateName::Failed) && peer.link != LinkName::Off {
+        let text = if peer.is_primary {
+            format!(
+                "{name} is primary without a disk of its own: this copy alone holds the current data"
+            )
+        } else {
+            format!("the disk of {name}'s copy failed")
+        };
+        say(Severity::Degraded, text);
     }
     if let Some(resync) = &peer.resync {
         let direction = if resync.is_source { "to" } else { "from" };
@@ -140,6 +165,14 @@ fn peer_problems(
             ),
         );
     }
+    for volume in &peer.unread_volumes {
+        say(
+            Severity::Degraded,
+            format!(
+                "a verify could not read all of volume {volume} from the disk of {name}: what stands there may be lost on that copy"
+            ),
+        );
+    }
     let synced = matches!(peer.link, LinkName::Established) && peer.resync.is_none();
     if service.role == RoleName::Primary
         && peer.mode != ReplicationMode::Async
@@ -150,6 +183,23 @@ fn peer_problems(
             Severity::Degraded,
             format!("{name} is not in the in-sync set: it lacks acknowledged writes"),
         );
+    }
+}
+
+/// What lets a link that is off come back. A copy without a disk meets nobody, whatever it is told.
+fn way_back(service: &ServiceReport, peer: &PeerReport) -> String {
+    let failed = words::goodbye(GoodbyeCode::DiskFailed);
+    if service.state == StateName::Failed && service.role != RoleName::Primary {
+        "it stays off until the disk of this node's copy is replaced (stop the replicator, `holdfast volume replace-disk`, \
+         start it) or, if it was a passing error, until the replicator is started again"
+            .into()
+    } else if peer.state == Some(StateName::Failed) || peer.last_error.contains(failed) {
+        format!(
+            "the disk of {0}'s copy failed: once it is replaced there and {0} runs again, `holdfast connect` allows it again",
+            peer.name
+        )
+    } else {
+        "`holdfast connect` allows it again".into()
     }
 }
 
@@ -188,6 +238,70 @@ mod tests {
         assert!(problems(&service)[0].text.contains("other copies hold"));
         service.in_sync = vec![service.slot];
         assert!(problems(&service)[0].text.contains("keep this disk"));
+    }
+
+    #[test]
+    fn a_copy_whose_disk_failed_is_not_told_to_connect() {
+        let text = |service: &ServiceReport| {
+            let found = problems(service);
+            let off = found.iter().find(|p| p.text.contains("is off"));
+            off.unwrap().text.clone()
+        };
+        let mut service = sample().services.remove(0);
+        service.peers[0].link = LinkName::Off;
+        service.peers[0].last_error = "disconnected by a person".into();
+        assert!(text(&service).ends_with("`holdfast connect` allows it again"));
+        // The other copy's disk, as this one was told or heard at the goodbye.
+        service.peers[0].last_error = "closed by copy 1: its disk failed".into();
+        let said = text(&service);
+        assert!(said.contains("once it is replaced there"), "{said}");
+        // Its own: no link helps.
+        service.state = StateName::Failed;
+        service.role = RoleName::Secondary;
+        let said = text(&service);
+        assert!(
+            said.contains("replace-disk") && !said.contains("connect`"),
+            "{said}"
+        );
+    }
+
+    #[test]
+    fn who_serves_for_a_diskless_primary_is_not_healthy() {
+        let mut service = sample().services.remove(0);
+        service.role = RoleName::Secondary;
+        service.in_sync = vec![service.slot];
+        service.peers[0].is_primary = true;
+        service.peers[0].state = Some(StateName::Failed);
+        let found = problems(&service);
+        assert!(found[0].text.contains("this copy alone"), "{found:?}");
+    }
+
+    #[test]
+    fn a_detached_service_says_that_and_no_more() {
+        let mut service = sample().services.remove(0);
+        service.role = RoleName::Detached;
+        service.peers[0].link = LinkName::Connecting;
+        let found = problems(&service);
+        assert_eq!(found.len(), 1, "{found:?}");
+        assert!(found[0].text.contains("is detached"), "{found:?}");
+    }
+
+    #[test]
+    fn a_disk_that_a_verify_could_not_read_is_a_problem_on_both_sides() {
+        let mut service = sample().services.remove(0);
+        service.volumes[0].unread = true;
+        assert!(
+            problems(&service)[0]
+                .text
+                .contains("volume data from this node's disk")
+        );
+        service.volumes[0].unread = false;
+        service.peers[0].unread_volumes = vec!["data".into()];
+        assert!(
+            problems(&service)[0]
+                .text
+                .contains("volume data from the disk of beta")
+        );
     }
 
     #[test]

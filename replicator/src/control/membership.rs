@@ -1,7 +1,7 @@
 //! How nodes get an identity and come to trust each other: `init`, `token` and `join` of the command line. They work on
 //! the state directory and need no running replicator.
 
-use crate::config::Config;
+use crate::config::{Config, ConfigError, DEFAULT_PATH, DEFAULT_STATE_DIR};
 use holdfast_link::{Identity, JoinServer, LinkError, Peer, PeerStore, Token, Validity};
 use std::net::{IpAddr, SocketAddr};
 use std::path::{Path, PathBuf};
@@ -13,6 +13,8 @@ use std::time::{Duration, SystemTime};
 pub enum MembershipError {
     #[error(transparent)]
     Link(#[from] LinkError),
+    #[error(transparent)]
+    Config(#[from] ConfigError),
     #[error(
         "no name is known for this node: the configuration cannot be read and the host has no usable name. Nothing was changed; give one with --name"
     )]
@@ -40,15 +42,26 @@ pub struct Own {
 }
 
 impl Own {
-    /// Options come first, then the configuration (the default one when none is named), then defaults. A
-    /// configuration that is missing or wrong is no obstacle: membership comes before configuration.
+    /// Options come first, then the configuration (the default one when none is named), then defaults. A configuration
+    /// that is not there yet is no obstacle, unless it was named: membership may come before configuration.
+    ///
+    /// # Errors
+    /// A configuration that is there and wrong: an identity in another place than the replicator looks for it helps nobody.
     pub fn find(
         config: Option<&Path>,
         state_dir: Option<&Path>,
         link_addresses: &[SocketAddr],
-    ) -> Self {
-        let file = config.unwrap_or(Path::new(crate::config::DEFAULT_PATH));
-        let config = Config::load(file).ok().map(|config| config.node);
+    ) -> Result<Self, MembershipError> {
+        let loaded = Config::load(config.unwrap_or(Path::new(DEFAULT_PATH)));
+        let config = match loaded {
+            Ok(config) => Some(config.node),
+            Err(ConfigError::Read { source, .. })
+                if config.is_none() && source.kind() == std::io::ErrorKind::NotFound =>
+            {
+                None
+            }
+            Err(error) => return Err(error.into()),
+        };
         let listening = config
             .as_ref()
             .map(|node| node.link_listen.clone())
@@ -58,18 +71,18 @@ impl Own {
         } else {
             link_addresses.to_vec()
         };
-        Own {
+        Ok(Own {
             state_dir: match (state_dir, &config) {
                 (Some(directory), _) => directory.to_path_buf(),
                 (None, Some(node)) => node.state_dir.clone(),
-                (None, None) => PathBuf::from("/var/lib/holdfast"),
+                (None, None) => PathBuf::from(DEFAULT_STATE_DIR),
             },
             name: config.map(|node| node.name),
             link_addresses: candidates
                 .into_iter()
                 .filter(|address| !address.ip().is_unspecified())
                 .collect(),
-        }
+        })
     }
 }
 
@@ -270,6 +283,39 @@ mod tests {
         assert_eq!((left.name.as_str(), right.name.as_str()), ("beta", "alpha"));
         assert_eq!(left.addresses, beta.link_addresses);
         assert_eq!(right.addresses, alpha.link_addresses);
+    }
+
+    #[test]
+    fn a_configuration_that_is_wrong_is_told_of_with_its_key() {
+        let directory = tempfile::tempdir().unwrap();
+        let file = directory.path().join("holdfast.toml");
+        let missing = Own::find(Some(&file), None, &[]).unwrap_err().to_string();
+        assert!(
+            missing.contains("cannot read the configuration"),
+            "{missing}"
+        );
+        for (text, key) in [
+            (
+                "[node]\nname = \"a\"\nstate_dri = \"/tmp/x\"\n",
+                "state_dri",
+            ),
+            ("[node]\nname = \"a b\"\n", "node.name"),
+        ] {
+            std::fs::write(&file, text).unwrap();
+            // Also where an option names the place: the rest of it would still be guessed.
+            for state_dir in [None, Some(directory.path())] {
+                let wrong = Own::find(Some(&file), state_dir, &[])
+                    .unwrap_err()
+                    .to_string();
+                assert!(
+                    wrong.contains(key) && wrong.contains("holdfast.toml"),
+                    "{wrong}"
+                );
+            }
+        }
+        std::fs::write(&file, "[node]\nname = \"a\"\nstate_dir = \"/tmp/x\"\n").unwrap();
+        let own = Own::find(Some(&file), None, &[]).unwrap();
+        assert_eq!(own.state_dir, Path::new("/tmp/x"));
     }
 
     #[test]

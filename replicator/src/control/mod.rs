@@ -17,17 +17,24 @@ pub mod server;
 #[cfg(test)]
 mod tests;
 
+use crate::config::{Config, ConfigError, DEFAULT_CONTROL_SOCKET, DEFAULT_PATH};
 use std::path::{Path, PathBuf};
 
 /// Where the control socket is: named, or as that configuration (or the default one) says, or the default place.
-/// A configuration that cannot be read is no obstacle here: connecting then tells what is missing.
-pub fn find_socket(named: Option<&Path>, config: Option<&Path>) -> PathBuf {
+/// A default configuration that cannot be read is no obstacle here: connecting then tells what is missing.
+///
+/// # Errors
+/// The named configuration cannot be read or is wrong: another replicator than the one that was meant might answer.
+pub fn find_socket(named: Option<&Path>, config: Option<&Path>) -> Result<PathBuf, ConfigError> {
     if let Some(path) = named {
-        return path.to_path_buf();
+        return Ok(path.to_path_buf());
     }
-    let file = config.unwrap_or(Path::new(crate::config::DEFAULT_PATH));
-    match crate::config::Config::load(file) {
-        Ok(config) => config.node.control_socket,
-        Err(_) => PathBuf::from(crate::config::DEFAULT_CONTROL_SOCKET),
+    match (
+        Config::load(config.unwrap_or(Path::new(DEFAULT_PATH))),
+        config,
+    ) {
+        (Ok(config), _) => Ok(config.node.control_socket),
+        (Err(error), Some(_)) => Err(error),
+        (Err(_), None) => Ok(PathBuf::from(DEFAULT_CONTROL_SOCKET)),
     }
 }

@@ -118,6 +118,8 @@ pub enum ServiceCommand {
     WhatWouldForceLose,
     /// Stop the service on this node cleanly.
     Detach,
+    /// Stop using this copy's disk and go on through another copy; refused where none can serve.
+    DetachDisk,
 }
 
 /// A line from the server after its hello.

@@ -293,7 +293,8 @@ fn lag(peer: &PeerReport) -> String {
     if lacks == 0 && peer.lag_ms == 0 {
         return "none".to_string();
     }
-    let mut text = format!("{}, {}", bytes(lacks), span(peer.lag_ms));
+    let at_least = if peer.lag_at_least { "at least " } else { "" };
+    let mut text = format!("{}, {at_least}{}", bytes(lacks), span(peer.lag_ms));
     if peer.dirty_bytes > 0 && peer.unacknowledged_bytes > 0 {
         let _ = write!(
             text,
@@ -316,6 +317,15 @@ pub fn resync_line(resync: &ResyncReport) -> String {
     } else {
         "receiving"
     };
+    if !resync.is_source {
+        // How much is left is known to the copy that sends.
+        let pace = if resync.paused {
+            "paused".into()
+        } else {
+            format!("{}/s", bytes(resync.rate))
+        };
+        return format!("{direction}, {} so far, {pace}", bytes(resync.done_bytes));
+    }
     let pace = if resync.paused {
         "paused; `holdfast resume` lets it go on".to_string()
     } else {
@@ -451,6 +461,7 @@ pub(crate) mod tests {
                     sector_size: 4096,
                     disk: "2".repeat(32),
                     nbd_uris: vec!["nbd://127.0.0.1:10809/data".into()],
+                    unread: false,
                 }],
                 peers: vec![PeerReport {
                     slot: 1,
@@ -463,6 +474,8 @@ pub(crate) mod tests {
                     dirty_bytes: 0,
                     unacknowledged_bytes: 0,
                     lag_ms: 0,
+                    lag_at_least: false,
+                    unread_volumes: vec![],
                     resync: None,
                     verify: None,
                     handshake: String::new(),
@@ -517,6 +530,15 @@ pub(crate) mod tests {
         ] {
             assert!(screen.contains(part), "{part} is missing in:\n{screen}");
         }
+        if let Some(resync) = &mut node.services[0].peers[0].resync {
+            resync.is_source = false;
+            assert_eq!(
+                resync_line(resync),
+                "receiving, 3.0 GiB so far, 200.0 MiB/s"
+            );
+        }
+        node.services[0].peers[0].lag_at_least = true;
+        assert!(status(&node, PLAIN).contains("1.0 GiB, at least 1 min 30 s"));
         assert!(status(&node, Style { colour: true }).contains("\x1b[1;33mDEGRADED\x1b[0m"));
     }
 

@@ -87,6 +87,9 @@ pub struct VolumeReport {
     pub disk: String,
     /// Where an application finds it while this node is primary; empty when it is not offered.
     pub nbd_uris: Vec<String>,
+    /// A verify could not read all of it from this node's disk, and none has since.
+    #[serde(default)]
+    pub unread: bool,
 }
 
 #[derive(Clone, PartialEq, Debug, Serialize, Deserialize)]
@@ -103,7 +106,14 @@ pub struct PeerReport {
     pub dirty_bytes: u64,
     pub unacknowledged_bytes: u64,
     /// For how long it has lacked something: on its way, parked, or only bits; not only while it is connected.
+    /// From before the start of this process where it lacks something from then.
     pub lag_ms: u64,
+    /// It lacks something from before the start of this process, and since when is not known: `lag_ms` is a lower bound.
+    #[serde(default)]
+    pub lag_at_least: bool,
+    /// Volumes that a verify could not read throughout on its disk, and none has since.
+    #[serde(default)]
+    pub unread_volumes: Vec<String>,
     pub resync: Option<ResyncReport>,
     pub verify: Option<VerifyReport>,
     /// What the last meeting decided, in words.
@@ -340,12 +350,13 @@ impl ServiceReport {
                     sector_size: volume.sector_size,
                     disk: volume.disk.to_string(),
                     nbd_uris: nbd_uris(&volume.name),
+                    unread: volume.unread,
                 })
                 .collect(),
             peers: status
                 .peers
                 .iter()
-                .map(|peer| peer_report(peer, node_name, &named))
+                .map(|peer| peer_report(peer, node_name, &volume_name, &named))
                 .collect(),
             hot_extents: status.hot_extents as u64,
             counters: (&status.counters).into(),
@@ -374,6 +385,7 @@ impl ServiceReport {
 fn peer_report(
     peer: &status::PeerStatus,
     node_name: &dyn Fn(Slot) -> Option<String>,
+    volume_name: &dyn Fn(usize) -> Option<String>,
     named: &dyn Fn(&str) -> String,
 ) -> PeerReport {
     PeerReport {
@@ -387,6 +399,12 @@ fn peer_report(
         dirty_bytes: peer.dirty_bytes,
         unacknowledged_bytes: peer.unacknowledged_bytes,
         lag_ms: peer.lag_ms,
+        lag_at_least: peer.lag_from_before,
+        unread_volumes: peer
+            .unread
+            .iter()
+            .filter_map(|volume| volume_name(volume.0.into()))
+            .collect(),
         resync: peer.resync.map(|resync| ResyncReport {
             is_source: resync.is_source,
             total_bytes: resync.total_bytes,

@@ -573,5 +573,6 @@ async fn resolve<N: Node>(
         },
         ServiceCommand::WhatWouldForceLose => Command::WhatWouldForceLose,
         ServiceCommand::Detach => Command::Detach,
+        ServiceCommand::DetachDisk => Command::DetachDisk,
     })
 }

@@ -1,10 +1,12 @@
 //! How the rest of the process speaks with a shard: by message, so that nothing outside its thread touches it.
 
 use super::driver::Shard;
+use super::service::HUNG_STOP_SECONDS;
 use crate::control::node::Node;
 use crate::control::protocol::{EventReport, LevelName, NodeStatus, ServiceReport};
 use crate::control::render::{met, timestamp};
-use crate::events::EventLog;
+use crate::events::{EventLog, now_ms};
+use crate::observed::Observed;
 use holdfast_frontend::CloseReason;
 use holdfast_link::{Identity, Peer, PeerStore};
 use holdfast_replicator_core::api::{AdminResult, Command, Refusal, RefusalKind, Role};
@@ -12,6 +14,9 @@ use holdfast_replicator_core::status::LinkState;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
+
+/// How often a stop looks whether it waits for a hung disk.
+const HUNG_LOOK: Duration = Duration::from_millis(200);
 use tokio::sync::{broadcast, mpsc, oneshot};
 
 /// Messages that may wait for the shard.
@@ -43,6 +48,7 @@ struct Shared {
     last: Mutex<Vec<ServiceReport>>,
     identity: Arc<Identity>,
     peers: Arc<PeerStore>,
+    observed: Arc<Observed>,
 }
 
 /// A handle on a running replicator, for control socket, metrics and tests: usable from any thread, cheap to clone.
@@ -57,6 +63,7 @@ impl NodeHandle {
         log: EventLog,
         identity: Arc<Identity>,
         peers: Arc<PeerStore>,
+        observed: Arc<Observed>,
     ) -> (NodeHandle, mpsc::Receiver<Message>) {
         let (shard, messages) = mpsc::channel(QUEUE);
         let shared = Shared {
@@ -67,6 +74,7 @@ impl NodeHandle {
             last: Mutex::new(Vec::new()),
             identity,
             peers,
+            observed,
         };
         (
             NodeHandle {
@@ -141,6 +149,9 @@ impl NodeHandle {
         let mut last = None;
         if asked && let Ok(Ok(services)) = tokio::time::timeout(STATUS_TIMEOUT, result).await {
             last = Some(services);
+        }
+        if let Some(services) = &mut last {
+            self.shared.observed.complete(services, now_ms());
         }
         let mut kept = self
             .shared
@@ -391,25 +402,52 @@ fn reports(shard: &Rc<Shard>, nbd_uris: &impl Fn(&str, &str) -> Vec<String>) -> 
     })
 }
 
+/// Detaches every service; what did not work. A service with a hung disk is waited for until [`HUNG_STOP_SECONDS`] have passed and
+/// the disk was told of as hung, no longer: it stays marked as unclean, which is what it is.
 async fn stop(shard: &Rc<Shard>) -> Vec<Refusal> {
     shard.close_exports(&CloseReason::Stopping);
+    let begun = Instant::now();
     let waiting: Vec<_> = shard.with_services(|services| {
         services
             .iter_mut()
-            .filter(|service| service.role != Role::Detached)
-            .map(|service| {
+            .enumerate()
+            .filter(|(_, service)| service.role != Role::Detached)
+            .map(|(at, service)| {
                 let (answer, result) = oneshot::channel();
                 service.admin(Command::Detach, answer);
-                result
+                (at, result)
             })
             .collect()
     });
     shard.pump();
     let mut refusals = Vec::new();
-    for result in waiting {
-        if let Ok(Err(refusal)) = result.await {
-            refusals.push(refusal);
-        }
+    for (at, mut result) in waiting {
+        let answered = loop {
+            if let Ok(answered) = tokio::time::timeout(HUNG_LOOK, &mut result).await {
+                break answered.unwrap_or(Ok(String::new()));
+            }
+            let long = begun.elapsed().as_secs() >= HUNG_STOP_SECONDS;
+            let hung = shard.with_services(|services| services[at].hung_volumes());
+            if long && !hung.is_empty() {
+                break Err(left_behind(shard, at, &hung));
+            }
+        };
+        refusals.extend(answered.err());
     }
     refusals
+}
+
+/// A service is stopped although its disk does not answer.
+fn left_behind(shard: &Rc<Shard>, at: usize, hung: &[String]) -> Refusal {
+    let name = shard.with_services(|services| services[at].name.clone());
+    Refusal {
+        kind: RefusalKind::Refused,
+        what: format!(
+            "service {name} is left with requests that the disk of volume {} did not answer",
+            hung.join(", ")
+        ),
+        kept: "Everything acknowledged is safe; what was under way counts as not written, and is compared at the next start"
+            .into(),
+        next: "Promote another copy, and check the device before this node is started again".into(),
+    }
 }

@@ -28,6 +28,8 @@ use tokio::sync::oneshot;
 
 /// A disk that has not answered a request for this long is reported.
 pub(super) const HUNG_AFTER_SECONDS: u64 = 10;
+/// A stop waits this long for a disk that has been reported, then ends unclean.
+pub(super) const HUNG_STOP_SECONDS: u64 = 5;
 
 /// One volume's files on the ring.
 pub(super) struct VolumeFiles {
@@ -674,7 +676,7 @@ impl Service {
                 let text = format!(
                     "the disk of volume {name} has not answered a request for {oldest} s. Its requests are kept, since it may \
                      still carry them out; check the device (dmesg, smartctl). To free the application, stop this node \
-                     and promote another copy"
+                     and promote another copy: a stop waits {HUNG_STOP_SECONDS} s for such a disk, then ends as a crash would, which is safe"
                 );
                 self.say(log, Level::Error, "disk-hung", None, text);
             } else {
@@ -687,6 +689,12 @@ impl Service {
                 );
             }
         }
+    }
+
+    /// Names of volumes whose disk was reported as silent and has not answered since.
+    pub fn hung_volumes(&self) -> Vec<String> {
+        let hung = self.volumes.iter().filter(|volume| volume.hung);
+        hung.map(|volume| volume.name.clone()).collect()
     }
 
     fn record(&self, ended: Ended) {

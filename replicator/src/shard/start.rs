@@ -12,6 +12,7 @@ use crate::config::{Config, NbdTls, Profile, ServiceConfig};
 use crate::create::{VolumeError, peer_parameters, random_u64};
 use crate::events::EventLog;
 use crate::metrics::Metrics;
+use crate::observed::Observed;
 use crate::place::{self, Hints, Opened, PlaceError};
 use holdfast_disk::{OpenOptions, Ring, RingError, RingOptions};
 use holdfast_frontend::CloseReason;
@@ -79,6 +80,7 @@ pub(crate) struct Setup {
     pub log: EventLog,
     pub metrics: Metrics,
     pub messages: mpsc::Receiver<Message>,
+    pub observed: Arc<Observed>,
 }
 
 /// Starts a shard on a thread of its own and waits until it serves, or why it does not. The thread ends after a
@@ -115,9 +117,10 @@ async fn serve(setup: Setup, ready: oneshot::Sender<Result<Addresses, StartError
         log,
         metrics,
         messages,
+        observed,
     } = setup;
-    let (shard, server, addresses) = match bring_up(&config, identity, peers, &log, &metrics).await
-    {
+    let up = bring_up(&config, identity, peers, &log, &metrics, &observed).await;
+    let (shard, server, addresses) = match up {
         Ok(up) => up,
         Err(error) => return drop(ready.send(Err(error))),
     };
@@ -147,6 +150,7 @@ async fn bring_up(
     peers: Arc<PeerStore>,
     log: &EventLog,
     metrics: &Metrics,
+    observed: &Observed,
 ) -> Result<Up, StartError> {
     let budgets = Budgets::of(
         config
@@ -204,6 +208,7 @@ async fn bring_up(
             &mut hints_changed,
             metrics,
             &names,
+            observed,
         )?;
     }
     if hints_changed && let Err(error) = hints.store(&config.node.state_dir) {
@@ -312,6 +317,7 @@ fn attach(
     hints_changed: &mut bool,
     metrics: &Metrics,
     names: &dyn Fn(Uuid) -> Option<String>,
+    observed: &Observed,
 ) -> Result<(), StartError> {
     let mut opened = Vec::with_capacity(service.volumes.len());
     for volume in &service.volumes {
@@ -340,6 +346,7 @@ fn attach(
             .zip(&opened)
             .map(|(volume, place)| AttachVolume {
                 index: volume.index,
+                name: volume.name.clone(),
                 device_data_size: place.data_limit,
                 sector_size: place.data.sector_size(),
                 discard_zeroes: place.data.discard_zeroes(),
@@ -355,7 +362,7 @@ fn attach(
     };
     let now = shard.now();
     let mut actions = Actions::new();
-    let core = Core::attach(
+    let mut core = Core::attach(
         parameters,
         &mut Areas { volumes: &opened },
         now,
@@ -368,6 +375,22 @@ fn attach(
             Some(format!("{} ({})", volume.name, volume.backing.display()))
         }),
     })?;
+    let unread = |peer: Option<Uuid>| {
+        let names = observed.unread(
+            &service.id.to_string(),
+            peer.map(|id| id.to_string()).as_deref(),
+        );
+        let volumes = service.volumes.iter();
+        volumes
+            .filter(|volume| names.contains(&volume.name))
+            .map(|volume| volume.index)
+            .collect::<Vec<_>>()
+    };
+    let of_peers: Vec<_> = peers
+        .iter()
+        .map(|peer| (peer.slot, unread(Some(peer.node))))
+        .collect();
+    core.recall_unread(&unread(None), &of_peers);
     let status = core.status(now);
     let volumes = opened
         .into_iter()

@@ -7,6 +7,7 @@ use holdfast_replicator::config::Config;
 use holdfast_replicator::control::protocol::LinkName;
 use holdfast_replicator::create::{CreateOptions, create};
 use holdfast_replicator::process::Replicator;
+use holdfast_replicator_core::api::Command;
 use holdfast_wire_format::ids::Uuid;
 use holdfast_wire_format::superblock;
 use std::os::unix::fs::FileExt;
@@ -108,6 +109,44 @@ async fn another_volume_under_the_same_service_is_named_on_both_sides() {
         says(&report.peers[0].handshake, &["volume"]);
         assert!(!report.healthy());
     }
+    dials.stop().await;
+    listens.stop().await;
+}
+
+#[tokio::test]
+async fn a_volume_of_another_name_at_the_same_place_is_refused_and_both_names_are_told() {
+    let root = tempfile::tempdir().unwrap();
+    let settings = Settings::default();
+    let [mut listens, mut dials] = two_nodes(root.path());
+    listens.create(&settings);
+    // Same place in the order, same size: nothing else tells them apart.
+    let renamed = |node: &TestNode, address| {
+        let text = node.config_text(&settings, address);
+        text.replace("name = \"data\"", "name = \"logs\"")
+    };
+    let config = Config::parse(&renamed(&dials, None), &dials.config_file()).unwrap();
+    create(&config, "db", &CreateOptions::default()).unwrap();
+    let address = listens.start(&settings, None).await;
+    let text = renamed(&dials, Some(address));
+    start(&mut dials, &text).await;
+    for node in [&listens, &dials] {
+        let report = node
+            .until("the link is off", |s| s.peers[0].link == LinkName::Off)
+            .await;
+        let both = ["\"data\"", "\"logs\"", "nothing was changed", "same order"];
+        says(&report.peers[0].handshake, &both);
+        assert!(!report.healthy());
+    }
+    // The configuration is what counts, and it can be put right.
+    dials.stop().await;
+    dials.start(&settings, Some(address)).await;
+    listens
+        .command(Command::Connect { peer: None })
+        .await
+        .unwrap();
+    dials
+        .until("they meet", |s| s.peers[0].link == LinkName::Established)
+        .await;
     dials.stop().await;
     listens.stop().await;
 }

@@ -93,3 +93,82 @@ async fn a_copy_that_is_away_falls_behind_in_seconds_and_catches_up_to_none() {
         alpha.stop().await;
     }
 }
+
+/// The file of what the status remembers, with every moment in it made older.
+fn an_hour_earlier(file: &std::path::Path) {
+    let mut known: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(file).unwrap()).unwrap();
+    let services = known["services"].as_object_mut().unwrap();
+    let peers = services
+        .values_mut()
+        .flat_map(|service| service["peers"].as_object_mut().unwrap().values_mut());
+    for peer in peers {
+        let until = peer["whole_until_ms"].as_u64().unwrap();
+        peer["whole_until_ms"] = (until - 3_600_000).into();
+    }
+    std::fs::write(file, known.to_string()).unwrap();
+}
+
+#[tokio::test]
+async fn a_restart_does_not_make_a_copy_look_younger() {
+    let root = tempfile::tempdir().unwrap();
+    let settings = Settings::default();
+    let [mut alpha, mut beta] = two_nodes(root.path());
+    alpha.create(&settings);
+    beta.create(&settings);
+    let address = alpha.start(&settings, None).await;
+    beta.start(&settings, Some(address)).await;
+    alpha
+        .until("they are connected", |s| {
+            s.peers[0].link == LinkName::Established
+        })
+        .await;
+    alpha
+        .command(Command::Promote { force: false })
+        .await
+        .unwrap();
+    beta.stop().await;
+    let socket = alpha.dir.join("nbd.sock");
+    blocking(move || {
+        let mut nbd = Nbd::open(&socket, "data").unwrap();
+        nbd.write(8192, &[5; 4096], false).unwrap();
+    })
+    .await;
+    let before = alpha
+        .until("the write has an age", |s| s.peers[0].lag_ms >= 100)
+        .await;
+    let observed = alpha.state().join("observed.json");
+    alpha.stop().await;
+    an_hour_earlier(&observed);
+
+    alpha.start(&settings, None).await;
+    let after = alpha
+        .until("it lacks the write as before", |s| {
+            s.peers[0].dirty_bytes > 0
+        })
+        .await;
+    let lag = after.peers[0].lag_ms;
+    assert!(lag >= 3_600_000 + before.peers[0].lag_ms, "{lag} ms");
+    // No more than the file may be behind, and what this test took.
+    assert!(lag < 3_600_000 + 60_000, "{lag} ms");
+    assert!(!after.peers[0].lag_at_least);
+    alpha.stop().await;
+
+    // Without that memory it is a lower bound, and said to be one.
+    std::fs::remove_file(&observed).unwrap();
+    let address = alpha.start(&settings, None).await;
+    let unknown = alpha
+        .until("it lacks the write as before", |s| {
+            s.peers[0].dirty_bytes > 0
+        })
+        .await;
+    assert!(unknown.peers[0].lag_at_least && unknown.peers[0].lag_ms < 60_000);
+    beta.start(&settings, Some(address)).await;
+    alpha
+        .until("beta has everything", |s| {
+            s.peers[0].lag_ms == 0 && !s.peers[0].lag_at_least && s.peers[0].dirty_bytes == 0
+        })
+        .await;
+    beta.stop().await;
+    alpha.stop().await;
+}

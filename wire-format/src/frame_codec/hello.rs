@@ -12,6 +12,8 @@ use crate::ids::*;
 use crate::shared::*;
 
 const NAME_CAP: usize = 64;
+/// Longest name of a volume, as in the superblock.
+const VOLUME_NAME_CAP: usize = 63;
 
 /// What the first bytes of a `Hello` say, which no version changes: a node too far apart is told apart from
 /// one that sends nonsense.
@@ -69,6 +71,11 @@ pub(super) fn put_hello(w: &mut Writer, h: &Hello) {
         }
     });
     section(w, |w| put_about(w, &h.facts.about_peer));
+    section(w, |w| {
+        for v in &h.facts.volumes {
+            put_text(w, &v.name, VOLUME_NAME_CAP);
+        }
+    });
 }
 
 /// The next section; what a later version appended to it is left unread.
@@ -101,6 +108,7 @@ pub(super) fn take_hello(r: &mut Reader) -> Result<Hello, Fault> {
         facts.volumes.push(VolumeFacts {
             index: volume_of(s.u16()?)?,
             volume: Uuid(s.u128()?),
+            name: String::new(),
             disk: Uuid(s.u128()?),
             size: s.u64()?,
             sector_size: s.u32()?,
@@ -109,6 +117,13 @@ pub(super) fn take_hello(r: &mut Reader) -> Result<Hello, Fault> {
         });
     }
     facts.about_peer = take_about(&mut open(r)?)?;
+    // Absent from a program that does not tell names: they stay empty then.
+    if r.remaining() > 0 {
+        let mut s = open(r)?;
+        for volume in &mut facts.volumes {
+            volume.name = take_text(&mut s, VOLUME_NAME_CAP)?;
+        }
+    }
     // Sections of a later version.
     while r.remaining() > 0 {
         open(r)?;

@@ -95,6 +95,7 @@ pub fn hello() -> Hello {
             .map(|n| VolumeFacts {
                 index: VolumeIndex(n),
                 volume: Uuid(0x5000 + u128::from(n)),
+                name: ["data", "redo-log"][usize::from(n)].to_owned(),
                 disk: Uuid(0x6000 + u128::from(n)),
                 size: 1 << 40,
                 sector_size: 4096,

@@ -133,6 +133,7 @@ fn any_volume_facts() -> impl Strategy<Value = VolumeFacts> {
     (
         volume(),
         uuid(),
+        "[a-z0-9ä._-]{0,31}",
         uuid(),
         any::<u64>(),
         any::<u32>(),
@@ -140,9 +141,10 @@ fn any_volume_facts() -> impl Strategy<Value = VolumeFacts> {
         any::<bool>(),
     )
         .prop_map(
-            |(index, volume, disk, size, sector_size, grain_shift, blank)| VolumeFacts {
+            |(index, volume, name, disk, size, sector_size, grain_shift, blank)| VolumeFacts {
                 index,
                 volume,
+                name,
                 disk,
                 size,
                 sector_size,

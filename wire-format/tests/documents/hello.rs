@@ -52,7 +52,7 @@ fn hello_versions_and_sections() {
         ],
     );
     let sections = sections();
-    assert_eq!(sections.len(), 5);
+    assert_eq!(sections.len(), 6);
     part(
         "Section 1: who",
         sections[0].clone(),
@@ -185,6 +185,20 @@ fn hello_versions_and_sections() {
             ("durable position", &[], |h| {
                 h.facts.about_peer.known_durable_position = !0
             }),
+        ],
+    );
+    part(
+        "Section 6: names of the volumes",
+        sections[5].clone(),
+        &[("names", &[], |h| h.facts.volumes[0].name.clear())],
+    );
+    let second = sections[5].start + 2 + "data".len();
+    part(
+        "A name in a Hello",
+        second..sections[5].end,
+        &[
+            ("name length", &[], |h| h.facts.volumes[1].name.push('x')),
+            ("name", &[], |h| h.facts.volumes[1].name = "REDO-LOG".into()),
         ],
     );
 }

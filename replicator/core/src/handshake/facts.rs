@@ -266,6 +266,14 @@ pub(super) fn incomparable(a: &Facts, b: &Facts, store: Option<&StoreRecord>) ->
             );
             return Some(Problem::VolumesDiffer { detail });
         }
+        // The ids come from the service and the index: a swapped order shows in the names alone.
+        if v.name != w.name && !v.name.is_empty() && !w.name.is_empty() {
+            return Some(Problem::NamesDiffer {
+                volume: v.index.0,
+                slots: [a.slot.0, b.slot.0],
+                names: [v.name.clone(), w.name.clone()],
+            });
+        }
         if v.sector_size != w.sector_size {
             return Some(Problem::SectorSizesDiffer {
                 volume: v.index.0,

@@ -247,6 +247,16 @@ pub enum Problem {
     )]
     VolumesDiffer { detail: String },
     #[error(
+        "the volume at place {volume} of the service is {:?} on slot {} and {:?} on slot {}; nothing was changed. \
+         Give both nodes' configuration the same volumes, with the same names in the same order (each with the disk that was created for it)",
+        names[0], slots[0], names[1], slots[1]
+    )]
+    NamesDiffer {
+        volume: u16,
+        slots: [u8; 2],
+        names: [String; 2],
+    },
+    #[error(
         "volume {volume} has {first} bytes on one node and {second} on the other; nothing was changed. Stop the replicators and grow the smaller one to the same size (`holdfast volume grow`)"
     )]
     SizesDiffer {

@@ -64,6 +64,8 @@ pub struct Node {
     pub surplus: Vec<Saved>,
     /// There is no place for more of it.
     pub surplus_full: bool,
+    /// Volume and byte that the disk cannot read.
+    pub bad: Option<(u16, u64)>,
 }
 
 /// About, (volume, offset, bytes), kept.
@@ -208,6 +210,7 @@ impl World {
                 broken: false,
                 surplus: Vec::new(),
                 surplus_full: false,
+                bad: None,
             });
         }
         world
@@ -243,6 +246,7 @@ impl World {
                 .enumerate()
                 .map(|(i, size)| AttachVolume {
                     index: VolumeIndex(i as u16),
+                    name: format!("v{i}"),
                     device_data_size: *size,
                     sector_size: 512,
                     discard_zeroes: true,
@@ -580,7 +584,10 @@ impl World {
         ) {
             return self.finish_surplus(n, &action);
         }
-        if self.nodes[n].broken {
+        let unreadable = matches!((&action, self.nodes[n].bad),
+            (Action::DiskRead { volume, offset, length, .. }, Some((bad, at)))
+                if volume.0 == bad && (*offset..offset + u64::from(*length)).contains(&at));
+        if self.nodes[n].broken || unreadable {
             return self.finish_with_error(n, &action);
         }
         // A read returns what is there when it ends.

@@ -73,6 +73,7 @@ fn copy(slot: u8, peer: u8) -> Facts {
         volumes: vec![VolumeFacts {
             index: VolumeIndex(0),
             volume: Uuid(7),
+            name: "data".into(),
             disk: disk(slot),
             size: GB,
             sector_size: 4096,

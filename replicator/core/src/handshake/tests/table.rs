@@ -40,6 +40,19 @@ fn row_1_shapes_that_differ_are_refused() {
 }
 
 #[test]
+fn row_1_a_volume_of_another_name_is_refused_and_both_names_are_told() {
+    let (a, mut b) = pair();
+    b.volumes[0].name = "logs".into();
+    let text = refused(&meet(&a, &b), Row::R1).to_string();
+    for part in ["\"data\" on slot 0", "\"logs\" on slot 1", "same order"] {
+        assert!(text.contains(part), "{part}: {text}");
+    }
+    // Who does not tell names is not refused for them.
+    b.volumes[0].name.clear();
+    assert_ne!(meet(&a, &b).row, Row::R1);
+}
+
+#[test]
 fn row_1_contradicting_histories_are_a_defect() {
     let (a, mut b) = pair();
     b.generations[1].fork_position = 3;
@@ -179,7 +192,7 @@ fn row_4_what_comes_from_an_outdated_copy_is_outdated() {
 fn row_4_one_replaced_volume_of_two_compares_the_other() {
     let (mut a, mut b) = pair();
     for f in [&mut a, &mut b] {
-        let mut second = f.volumes[0];
+        let mut second = f.volumes[0].clone();
         second.index = VolumeIndex(1);
         second.volume = Uuid(8);
         second.disk = Uuid(second.disk.0 + 10);
