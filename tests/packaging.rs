@@ -76,17 +76,27 @@ fn the_debian_package_builds_and_unpacks_to_what_the_unit_starts() {
         let script = tree.join("DEBIAN").join(script);
         run("sh", &["-n", script.to_str().unwrap()]);
     }
-    if Command::new("systemd-analyze").arg("--version").output().is_ok() {
+    if Command::new("systemd-analyze")
+        .arg("--version")
+        .output()
+        .is_ok()
+    {
         // With the targets of this system, on which it depends.
         let units = "usr/lib/systemd/system";
         for target in std::fs::read_dir(Path::new("/").join(units)).unwrap() {
             let target = target.unwrap().path();
-            if target.extension().is_some_and(|extension| extension == "target") {
+            if target
+                .extension()
+                .is_some_and(|extension| extension == "target")
+            {
                 std::fs::copy(&target, tree.join(units).join(target.file_name().unwrap())).unwrap();
             }
         }
         let at = format!("--root={}", tree.display());
-        run("systemd-analyze", &["verify", "--man=no", &at, "holdfast-replicator.service"]);
+        run(
+            "systemd-analyze",
+            &["verify", "--man=no", &at, "holdfast-replicator.service"],
+        );
     }
     // Nobody but root owns anything, and nothing is writable for others.
     let listing = words(&run("dpkg-deb", &["--contents", &package]));

@@ -136,6 +136,8 @@ pub(crate) struct VerifyState {
     pub volume: usize,
     pub only: Option<VolumeIndex>,
     pub offset: u64,
+    /// Of this run; 0 before the first one.
+    pub first_sequence: u64,
     pub next_sequence: u64,
     pub outstanding: Vec<VerifyChunk>,
     pub total_bytes: u64,

@@ -60,10 +60,13 @@ impl Core {
                 .filter(|(i, _)| only.is_none_or(|v| v.0 as usize == *i))
                 .map(|(_, v)| v.size)
                 .sum();
+            // Numbers go on: reads and replies of a run that was ended may still come, and belong to none of this one.
+            let first_sequence = self.peers[at].verify.next_sequence.max(1);
             self.peers[at].verify = VerifyState {
                 volume: only.map_or(0, |v| v.0 as usize),
                 only,
-                next_sequence: 1,
+                first_sequence,
+                next_sequence: first_sequence,
                 total_bytes: total,
                 running: true,
                 ..VerifyState::default()
@@ -296,7 +299,8 @@ impl Core {
         if matches!(self.peers[at].relation, Relation::Source) {
             return self.resync_compared(at, sequence, equal && !failed, out);
         }
-        if !self.peers[at].verify.running {
+        let verify = &self.peers[at].verify;
+        if !verify.running || sequence < verify.first_sequence {
             return;
         }
         let slot = self.peers[at].slot;

@@ -337,6 +337,32 @@ fn verify_finds_what_differs_and_only_that() {
     }
 }
 
+#[test]
+fn a_verify_may_follow_at_once_on_one_that_was_ended() {
+    for seed in 625..665 {
+        let mut w = pair(seed, OnPeerLoss::Suspend);
+        w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+        let requests = load(&mut w, 0, 20);
+        all_ok(&mut w, 0, &requests);
+        for round in 0..8 {
+            let ended = w.admin(0, Command::Verify { volume: None });
+            let steps = w.rng.below(25) as usize;
+            w.steps(steps);
+            w.admin(0, Command::StopVerify);
+            // Reads and replies of the ended one come now, and are none of this one's.
+            let text = w
+                .command(0, Command::Verify { volume: None })
+                .unwrap_or_else(|e| panic!("seed {seed}, round {round}: {e}"));
+            assert!(text.contains("equal"), "{text}");
+            assert!(w.nodes[0].admin.contains_key(&ended) || w.settled(&[0, 1]));
+        }
+        assert!(w.settled(&[0, 1]), "the link did not end (seed {seed})");
+        for node in &w.nodes {
+            assert!(node.notices.iter().all(|n| n.kind != "link-down"));
+        }
+    }
+}
+
 /// Volumes that a verify could not read: of copy 1 as it says itself, and as copy 0 says.
 fn unread(w: &World) -> (bool, usize) {
     let status = |n: usize| w.nodes[n].core.as_ref().unwrap().status(w.now);
@@ -376,7 +402,8 @@ fn a_disk_that_a_verify_could_not_read_is_remembered_until_one_has_read_everythi
         w.command(0, Command::StopVerify)
             .unwrap_or_else(|e| panic!("{e}"));
         if w.nodes[0].admin.get(&half).is_some_and(Result::is_err) {
-            assert_eq!(unread(&w), (true, 1));
+            // The other copy may have read all that it was asked for by then.
+            assert_eq!(unread(&w).1, 1);
         }
         w.command(0, Command::Verify { volume: None })
             .unwrap_or_else(|e| panic!("{e}"));
