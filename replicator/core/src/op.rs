@@ -114,8 +114,6 @@ pub(crate) enum ApplyKind {
     Verify {
         sequence: u64,
         digest: u128,
-        /// Which reading of the whole volume it belongs to ([`crate::unread`]); 0: none.
-        run: u32,
     },
 }
 

@@ -681,9 +681,8 @@ impl Core {
             ApplyKind::Verify {
                 sequence,
                 digest: theirs,
-                run,
             } => {
-                self.was_read(at, run, &op, result.is_ok(), out);
+                self.was_read(at, &op, result.is_ok(), out);
                 let body = Body::VerifyReply {
                     sequence,
                     equal: digest == Some(theirs),

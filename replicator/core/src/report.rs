@@ -41,7 +41,7 @@ impl Core {
                     size: v.size,
                     sector_size: v.sector_size,
                     disk: v.disk,
-                    unread: v.unread.failed,
+                    unread: !v.unread.is_empty(),
                 })
                 .collect(),
             peers: (0..self.peers.len())

@@ -5,18 +5,53 @@ use crate::api::*;
 use crate::op::ApplyOp;
 use crate::peer::{Relation, VerifyChunk};
 use crate::service::*;
-use holdfast_wire_format::frame::FrameHeader;
 use holdfast_wire_format::ids::*;
+use std::collections::BTreeMap;
 
-/// What this copy knows of one of its own volumes.
-#[derive(Clone, Copy, Debug, Default)]
+/// What of one of this copy's own volumes could not be read, and has not been since: ranges, first byte to first byte behind, none
+/// of which touch each other.
+#[derive(Clone, Debug, Default)]
 pub(crate) struct Unread {
-    /// A verify could not read all of it, and none has since.
-    pub failed: bool,
-    /// Number of the present reading; 0 before the first one.
-    run: u32,
-    /// Bytes it has read.
-    bytes: u64,
+    ranges: BTreeMap<u64, u64>,
+}
+
+/// More ranges than this are kept as one that holds them all.
+const MOST_RANGES: usize = 256;
+
+impl Unread {
+    pub fn is_empty(&self) -> bool {
+        self.ranges.is_empty()
+    }
+
+    fn add(&mut self, mut from: u64, mut to: u64) {
+        while let Some((&start, &end)) = self.ranges.range(..=to).next_back()
+            && end >= from
+        {
+            self.ranges.remove(&start);
+            (from, to) = (from.min(start), to.max(end));
+        }
+        self.ranges.insert(from, to);
+        if self.ranges.len() > MOST_RANGES
+            && let (Some((&first, _)), Some((_, &last))) =
+                (self.ranges.first_key_value(), self.ranges.last_key_value())
+        {
+            self.ranges = BTreeMap::from([(first, last)]);
+        }
+    }
+
+    fn remove(&mut self, from: u64, to: u64) {
+        while let Some((&start, &end)) = self.ranges.range(..to).next_back()
+            && end > from
+        {
+            self.ranges.remove(&start);
+            if end > to {
+                self.ranges.insert(to, end);
+            }
+            if start < from {
+                self.ranges.insert(start, from);
+            }
+        }
+    }
 }
 
 /// The volumes of a set of one bit each.
@@ -34,7 +69,8 @@ impl Core {
     pub fn recall_unread(&mut self, own: &[VolumeIndex], peers: &[(Slot, Vec<VolumeIndex>)]) {
         for volume in own {
             if let Some(volume) = self.volumes.get_mut(volume.0 as usize) {
-                volume.unread.failed = true;
+                // Where is not known any more.
+                volume.unread.add(0, volume.size);
             }
         }
         for (slot, unread) in peers {
@@ -48,60 +84,43 @@ impl Core {
         }
     }
 
-    /// A verify asks for a range of this copy: which reading of the whole volume that belongs to. One that begins at the
-    /// start of the volume begins a new one. A resync by checksum does not count: what it cannot read it writes anew.
-    pub(crate) fn begin_reading(&mut self, at: usize, header: &FrameHeader) -> u32 {
+    /// A range that a verify asked for was read, or could not be. A resync by checksum does not count: what it cannot read it
+    /// writes anew.
+    pub(crate) fn was_read(&mut self, at: usize, op: &ApplyOp, ok: bool, out: &mut Actions) {
         if !matches!(self.peers[at].relation, Relation::Established) {
-            return 0;
+            return;
         }
-        let Some(volume) = self.volumes.get_mut(header.volume.0 as usize) else {
-            return 0;
-        };
-        if header.offset == 0 {
-            volume.unread.run = volume.unread.run.wrapping_add(1).max(1);
-            volume.unread.bytes = 0;
-        }
-        volume.unread.run
-    }
-
-    /// That range was read, or could not be.
-    pub(crate) fn was_read(
-        &mut self,
-        at: usize,
-        run: u32,
-        op: &ApplyOp,
-        ok: bool,
-        out: &mut Actions,
-    ) {
         let slot = self.peers[at].slot;
-        let volume = &mut self.volumes[op.volume.0 as usize];
-        if run == 0 || run != volume.unread.run {
-            return;
+        let unread = &mut self.volumes[op.volume.0 as usize].unread;
+        let known = !unread.is_empty();
+        let (from, to) = (op.offset, op.offset + op.length);
+        if ok {
+            unread.remove(from, to);
+        } else {
+            unread.add(from, to);
         }
-        if !ok {
-            let first = !std::mem::replace(&mut volume.unread.failed, true);
-            if first {
-                let text = format!(
-                    "a verify could not read volume {} of this copy somewhere in {}..{}: what stands there may be lost on this disk. It is \
-                     a problem of the status until a verify has read the whole volume; replace the disk, or have every block written anew \
+        let (level, kind, text) = match (known, ok, unread.is_empty()) {
+            (false, false, _) => (
+                Level::Error,
+                "verify-unreadable",
+                format!(
+                    "a verify could not read volume {} of this copy somewhere in {from}..{to}: what stands there may be lost on this disk. \
+                     It is a problem of the status until a verify has read everything; replace the disk, or have every block written anew \
                      with `holdfast invalidate`",
-                    op.volume.0,
-                    op.offset,
-                    op.offset + op.length
-                );
-                self.notice(Level::Error, "verify-unreadable", Some(slot), text, out);
-            }
-            return;
-        }
-        volume.unread.bytes += op.length;
-        if volume.unread.failed && volume.unread.bytes >= volume.size {
-            volume.unread.failed = false;
-            let text = format!(
-                "volume {} of this copy was read throughout by a verify",
-                op.volume.0
-            );
-            self.notice(Level::Info, "verify-readable", Some(slot), text, out);
-        }
+                    op.volume.0
+                ),
+            ),
+            (true, true, true) => (
+                Level::Info,
+                "verify-readable",
+                format!(
+                    "what could not be read of volume {} of this copy has been read by a verify",
+                    op.volume.0
+                ),
+            ),
+            _ => return,
+        };
+        self.notice(level, kind, Some(slot), text, out);
     }
 
     /// The other side of a verify could not read.
@@ -118,5 +137,54 @@ impl Core {
             chunk.offset + u64::from(chunk.length)
         );
         self.notice(Level::Error, "verify-unreadable", Some(slot), text, out);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// Against a byte for each byte.
+    #[test]
+    fn ranges_are_what_a_list_of_bytes_would_be() {
+        let mut rng = 7u64;
+        let mut next = |below: u64| {
+            rng = rng.wrapping_mul(6_364_136_223_846_793_005).wrapping_add(1);
+            (rng >> 33) % below
+        };
+        for _ in 0..200 {
+            let mut unread = Unread::default();
+            let mut bytes = [false; 64];
+            for _ in 0..60 {
+                let from = next(64);
+                let to = (from + 1 + next(16)).min(64);
+                let bad = next(2) == 0;
+                if bad {
+                    unread.add(from, to);
+                } else {
+                    unread.remove(from, to);
+                }
+                bytes[from as usize..to as usize].fill(bad);
+                let mut shown = [false; 64];
+                let mut last = None;
+                for (&start, &end) in &unread.ranges {
+                    assert!(start < end && last.is_none_or(|last| last < start));
+                    last = Some(end);
+                    shown[start as usize..end as usize].fill(true);
+                }
+                assert_eq!(shown, bytes);
+            }
+        }
+    }
+
+    #[test]
+    fn very_many_ranges_become_one() {
+        let mut unread = Unread::default();
+        for at in 0..2000 {
+            unread.add(at * 10, at * 10 + 1);
+            assert!(unread.ranges.len() <= MOST_RANGES);
+        }
+        unread.remove(0, 20_000);
+        assert!(unread.is_empty());
     }
 }

@@ -252,7 +252,6 @@ impl Core {
                     .checked_add(u64::from(header.length))
                     .is_some_and(|end| end <= v.size)
         });
-        let run = self.begin_reading(at, header);
         let in_turn = matches!(
             self.peers[at].relation,
             Relation::Established | Relation::Target
@@ -271,16 +270,7 @@ impl Core {
             crc: 0,
             crc_known: false,
         };
-        self.enqueue(
-            at,
-            ApplyKind::Verify {
-                sequence,
-                digest,
-                run,
-            },
-            header,
-            data,
-        );
+        self.enqueue(at, ApplyKind::Verify { sequence, digest }, header, data);
         self.pump_inbox(at, out);
     }
 
