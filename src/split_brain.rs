@@ -123,5 +123,9 @@ fn resolve(place: &Place, service: &Service, keep: Keep, yes: bool) -> Outcome {
         );
         consent::ask(&doing, &loss, yes)?;
     }
-    session.run(ServiceCommand::ResolveSplitBrain { discard_mine })
+    session.run(ServiceCommand::ResolveSplitBrain { discard_mine })?;
+    if discard_mine {
+        say!("The other node's link to this one stays off until `holdfast connect` is run there.");
+    }
+    Ok(())
 }

@@ -70,7 +70,7 @@ pub(crate) fn promotion(kind: PromotionKind) -> &'static str {
 /// Why a side closed a session.
 pub fn goodbye(code: GoodbyeCode) -> &'static str {
     match code {
-        GoodbyeCode::Disconnect => "disconnected by a person",
+        GoodbyeCode::Disconnect => "disconnected by a person, or for silence",
         GoodbyeCode::Refused => "refused",
         GoodbyeCode::SplitBrain => "split brain",
         GoodbyeCode::Unrelated => "unrelated copies",

@@ -203,7 +203,9 @@ pub(crate) fn code_to(code: GoodbyeCode) -> quinn::VarInt {
 
 pub(crate) fn words(code: GoodbyeCode) -> &'static str {
     match code {
-        GoodbyeCode::Disconnect => "the service was disconnected there",
+        GoodbyeCode::Disconnect => {
+            "the service was disconnected there, by a person or since nothing was heard"
+        }
         GoodbyeCode::Refused => "it refused",
         GoodbyeCode::SplitBrain => "split brain",
         GoodbyeCode::Unrelated => "the copies are unrelated",

@@ -12,7 +12,7 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
 
     match service.state {
         StateName::UpToDate | StateName::Complete => {}
-        StateName::Failed if service.in_sync.iter().any(|slot| *slot != service.slot) => say(
+        StateName::Failed if others_hold_it(service) => say(
             Severity::Critical,
             "the disk of this node's copy failed; only the other copies hold the data".into(),
         ),
@@ -186,6 +186,16 @@ fn peer_problems(
     }
 }
 
+/// Whether another member of the in-sync set has a disk, as far as this node knows.
+fn others_hold_it(service: &ServiceReport) -> bool {
+    let failed = |slot: u8| {
+        let mut peers = service.peers.iter();
+        peers.any(|peer| peer.slot == slot && peer.state == Some(StateName::Failed))
+    };
+    let mut members = service.in_sync.iter();
+    members.any(|slot| *slot != service.slot && !failed(*slot))
+}
+
 /// What lets a link that is off come back. A copy without a disk meets nobody, whatever it is told.
 fn way_back(service: &ServiceReport, peer: &PeerReport) -> String {
     let failed = words::goodbye(GoodbyeCode::DiskFailed);
@@ -236,6 +246,9 @@ mod tests {
         service.state = StateName::Failed;
         service.in_sync = vec![0, 1];
         assert!(problems(&service)[0].text.contains("other copies hold"));
+        service.peers[0].state = Some(StateName::Failed);
+        assert!(problems(&service)[0].text.contains("keep this disk"));
+        service.peers[0].state = Some(StateName::UpToDate);
         service.in_sync = vec![service.slot];
         assert!(problems(&service)[0].text.contains("keep this disk"));
     }

@@ -1,7 +1,7 @@
 //! How the rest of the process speaks with a shard: by message, so that nothing outside its thread touches it.
 
 use super::driver::Shard;
-use super::service::HUNG_STOP_SECONDS;
+use super::service::{HUNG_STOP_SECONDS, LONGEST_STOP_SECONDS};
 use crate::control::node::Node;
 use crate::control::protocol::{EventReport, LevelName, NodeStatus, ServiceReport};
 use crate::control::render::{met, timestamp};
@@ -403,7 +403,7 @@ fn reports(shard: &Rc<Shard>, nbd_uris: &impl Fn(&str, &str) -> Vec<String>) -> 
 }
 
 /// Detaches every service; what did not work. A service with a hung disk is waited for until [`HUNG_STOP_SECONDS`] have passed and
-/// the disk was told of as hung, no longer: it stays marked as unclean, which is what it is.
+/// the disk was told of as hung, any other until [`LONGEST_STOP_SECONDS`]: it stays marked as unclean, which is what it is.
 async fn stop(shard: &Rc<Shard>) -> Vec<Refusal> {
     shard.close_exports(&CloseReason::Stopping);
     let begun = Instant::now();
@@ -426,9 +426,9 @@ async fn stop(shard: &Rc<Shard>) -> Vec<Refusal> {
             if let Ok(answered) = tokio::time::timeout(HUNG_LOOK, &mut result).await {
                 break answered.unwrap_or(Ok(String::new()));
             }
-            let long = begun.elapsed().as_secs() >= HUNG_STOP_SECONDS;
+            let waited = begun.elapsed().as_secs();
             let hung = shard.with_services(|services| services[at].hung_volumes());
-            if long && !hung.is_empty() {
+            if waited >= LONGEST_STOP_SECONDS || waited >= HUNG_STOP_SECONDS && !hung.is_empty() {
                 break Err(left_behind(shard, at, &hung));
             }
         };
@@ -437,15 +437,21 @@ async fn stop(shard: &Rc<Shard>) -> Vec<Refusal> {
     refusals
 }
 
-/// A service is stopped although its disk does not answer.
+/// A service is stopped although not all of its requests have ended.
 fn left_behind(shard: &Rc<Shard>, at: usize, hung: &[String]) -> Refusal {
     let name = shard.with_services(|services| services[at].name.clone());
     Refusal {
         kind: RefusalKind::Refused,
-        what: format!(
-            "service {name} is left with requests that the disk of volume {} did not answer",
-            hung.join(", ")
-        ),
+        what: if hung.is_empty() {
+            format!(
+                "service {name} is left with requests that did not end within {LONGEST_STOP_SECONDS} s, here or at another copy"
+            )
+        } else {
+            format!(
+                "service {name} is left with requests that the disk of volume {} did not answer",
+                hung.join(", ")
+            )
+        },
         kept: "Everything acknowledged is safe; what was under way counts as not written, and is compared at the next start"
             .into(),
         next: "Promote another copy, and check the device before this node is started again".into(),

@@ -30,6 +30,9 @@ use tokio::sync::oneshot;
 pub(super) const HUNG_AFTER_SECONDS: u64 = 10;
 /// A stop waits this long for a disk that has been reported, then ends unclean.
 pub(super) const HUNG_STOP_SECONDS: u64 = 5;
+/// And this long for whatever else a service waits for, such as a copy that hears and does not acknowledge. Below the unit's
+/// `TimeoutStopSec`: a supervisor's SIGKILL would tell nobody why.
+pub(super) const LONGEST_STOP_SECONDS: u64 = 60;
 
 /// One volume's files on the ring.
 pub(super) struct VolumeFiles {

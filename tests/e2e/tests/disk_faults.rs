@@ -372,11 +372,20 @@ fn short_transfers_are_completed() {
 fn a_silent_disk_is_told_of_and_may_speak_again() {
     let mut speaks = Pair::begin("a silent secondary", "suspend");
     let mut dies = Pair::begin("a silent primary", "suspend");
+    let mut waits = Pair::begin("a silent secondary of a primary that is stopped", "suspend");
     let load = speaks.load();
     let lost = dies.load();
+    let waiting = waits.load();
     let start = Instant::now();
     speaks.disk(1, "hang write");
     dies.disk(0, "hang any");
+    // This primary's disk is well; what it waits for in its stop is the other copy's.
+    waits.disk(1, "hang any");
+    until("its requests wait", || {
+        waits.cluster[0].peer(1).unacknowledged_bytes > 0
+    });
+    let stop_of_waits = Instant::now();
+    terminate(&waits);
     for (pair, node) in [(&speaks, 1), (&dies, 0)] {
         let text = pair.until_event(node, "disk-hung");
         assert!(text.contains("has not answered a request"), "{text}");
@@ -391,10 +400,8 @@ fn a_silent_disk_is_told_of_and_may_speak_again() {
     speaks.finish();
 
     // As the event says: this node is stopped, and another copy promoted. The stop does not wait for the disk.
-    let pid = dies.cluster[0].pid().expect("it runs") as i32;
-    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
     let stop = Instant::now();
-    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("an own child");
+    terminate(&dies);
     until("it has ended", || dies.cluster[0].ended().is_some());
     assert!(
         stop.elapsed() < Duration::from_secs(18),
@@ -424,6 +431,35 @@ fn a_silent_disk_is_told_of_and_may_speak_again() {
     dies.cluster[0].start();
     dies.all_is_well("a silent primary");
     dies.finish();
+
+    while waits.cluster[0].ended().is_none() {
+        assert!(
+            stop_of_waits.elapsed() < Duration::from_secs(75),
+            "the stop has no end"
+        );
+        std::thread::sleep(Duration::from_millis(50));
+    }
+    assert!(
+        !waits.cluster[0].ended().expect("ended").success(),
+        "it was no clean stop"
+    );
+    let events = std::fs::read_to_string(waits.cluster[0].path("state/events.jsonl"))
+        .expect("its event log");
+    let last = events
+        .lines()
+        .rfind(|line| line.contains("stopped-unclean"))
+        .expect("it says so");
+    assert!(last.contains("did not end within 60 s"), "{last}");
+    waits.cluster[0].kill();
+    waits.cluster[1].kill();
+    assert!(waiting.end().in_flight > 0);
+}
+
+/// SIGTERM to a pair's first node.
+fn terminate(pair: &Pair) {
+    let pid = pair.cluster[0].pid().expect("it runs") as i32;
+    let pid = rustix::process::Pid::from_raw(pid).expect("a pid");
+    rustix::process::kill_process(pid, rustix::process::Signal::TERM).expect("an own child");
 }
 
 #[test]
