@@ -235,7 +235,7 @@ fn d12_a_full_undo_stops_the_resync_where_it_is_told_to() {
         assert_eq!(state(&w, TARGET), CopyState::Inconsistent);
         assert!(undo(&w).intact, "{}", undo(&w).why_lost);
         known(&w, "stopped");
-        if seed % 2 == 0 {
+        if seed.is_multiple_of(2) {
             forced_to_old(&mut w, &old, &format!("seed {seed}"));
             continue;
         }
@@ -325,7 +325,7 @@ fn d12_a_damaged_undo_is_found_and_never_applied() {
                 let Some((mut w, old)) = left_alone(seed, UNDO, steps, |_| ()) else {
                     continue;
                 };
-                w.crash(TARGET, seed % 2 == 0);
+                w.crash(TARGET, seed.is_multiple_of(2));
                 if !damage(&mut w, how) {
                     continue;
                 }
