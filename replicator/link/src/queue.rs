@@ -20,6 +20,15 @@ enum Piece {
     Local(Box<dyn AsRef<[u8]>>),
 }
 
+impl Piece {
+    fn len(&self) -> usize {
+        match self {
+            Piece::Ready(bytes) => bytes.len(),
+            Piece::Local(buffer) => (**buffer).as_ref().len(),
+        }
+    }
+}
+
 /// A buffer of this thread in the hands of QUIC. All of QUIC runs on this thread (`socket::OneThread`), so it is looked at and
 /// dropped here only; elsewhere the wrapper would panic.
 struct Held(SendWrapper<Box<dyn AsRef<[u8]>>>);
@@ -115,7 +124,7 @@ impl SendQueue {
                             || matches!(self.pieces.front(), Some(Piece::Local(_)))) =>
                 {
                     taken += bytes.len();
-                    join(&mut joined, &bytes, batch);
+                    self.join(&mut joined, &bytes, taken, batch);
                 }
                 Piece::Ready(bytes) => {
                     taken += bytes.len();
@@ -125,11 +134,29 @@ impl SendQueue {
                 Piece::Local(buffer) => {
                     let bytes = (*buffer).as_ref();
                     taken += bytes.len();
-                    join(&mut joined, bytes, batch);
+                    self.join(&mut joined, bytes, taken, batch);
                 }
             }
         }
         flush(&mut joined, batch);
+    }
+
+    /// Copies `bytes` behind what is joined, or begins a new piece with room for what follows of this batch, of which `taken` bytes are
+    /// taken (these included), and no more: QUIC holds a piece as a whole until its last byte is acknowledged, and counts only the bytes in it.
+    fn join(&self, joined: &mut BytesMut, bytes: &[u8], taken: usize, batch: &mut Vec<Bytes>) {
+        if joined.capacity() - joined.len() < bytes.len() {
+            flush(joined, batch);
+            let most = PIECE.min(bytes.len() + BATCH.saturating_sub(taken));
+            let mut room = bytes.len();
+            for piece in &self.pieces {
+                if room >= most {
+                    break;
+                }
+                room += piece.len();
+            }
+            joined.reserve(room.min(most).max(bytes.len()));
+        }
+        joined.extend_from_slice(bytes);
     }
 
     /// QUIC took so many bytes of a batch.
@@ -141,14 +168,6 @@ impl SendQueue {
     pub fn clear(&mut self) {
         *self = SendQueue::default();
     }
-}
-
-fn join(joined: &mut BytesMut, bytes: &[u8], batch: &mut Vec<Bytes>) {
-    if joined.capacity() - joined.len() < bytes.len() {
-        flush(joined, batch);
-        joined.reserve(PIECE.max(bytes.len()));
-    }
-    joined.extend_from_slice(bytes);
 }
 
 fn flush(joined: &mut BytesMut, batch: &mut Vec<Bytes>) {
@@ -189,6 +208,28 @@ mod tests {
             assert_eq!(Rc::strong_count(&buffer), if copied { 1 } else { 2 });
             drop(batch);
             assert_eq!(Rc::strong_count(&buffer), 1);
+        }
+    }
+
+    /// A frame that leaves alone takes no more memory than it has bytes, however long QUIC holds it.
+    #[test]
+    fn copies_have_the_room_they_need() {
+        for frames in [1, 2, 100] {
+            let mut queue = SendQueue::default();
+            for _ in 0..frames {
+                queue.push(&[1; 112], Payload::Local(Box::new(vec![7; 4096])));
+            }
+            let mut batch = Vec::new();
+            while !queue.is_empty() {
+                queue.take_batch(&mut batch);
+            }
+            let (mut bytes, mut room) = (0, 0);
+            for piece in batch {
+                bytes += piece.len();
+                room += piece.try_into_mut().expect("the only handle").capacity();
+            }
+            assert_eq!(bytes, frames * 4208);
+            assert!(room <= bytes + bytes / 8, "{room} bytes for {bytes}");
         }
     }
 
