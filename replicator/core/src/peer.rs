@@ -122,6 +122,9 @@ pub(crate) struct TargetState {
     pub received_bytes: u64,
     pub acks: Vec<(u64, u64)>,
     pub started: Time,
+    /// Ranges that came or were found equal, with the sequence whose flush covers them: no bit toward the source names them from
+    /// then on.
+    pub landed: Vec<(u64, VolumeIndex, u64, u64)>,
     /// Where the source was when it said ResyncDone, and where its generation begins.
     pub done_position: Position,
     /// ResyncDone came: what follows it is mirrored writes of a copy that is about to be whole.

@@ -677,11 +677,19 @@ impl Core {
         }
         match op.kind {
             ApplyKind::Write => add_run(&mut peer.inbox.write_acks, op.position),
-            ApplyKind::Resync => add_run(&mut peer.target.acks, op.position),
+            ApplyKind::Resync => {
+                add_run(&mut peer.target.acks, op.position);
+                let landed = (op.position, op.volume, op.offset, op.length);
+                peer.target.landed.push(landed);
+            }
             ApplyKind::Verify {
                 sequence,
                 digest: theirs,
             } => {
+                if digest == Some(theirs) && matches!(peer.relation, Relation::Target) {
+                    let landed = (peer.target.begun_sequence, op.volume, op.offset, op.length);
+                    peer.target.landed.push(landed);
+                }
                 self.was_read(at, &op, result.is_ok(), out);
                 let body = Body::VerifyReply {
                     sequence,
@@ -768,6 +776,7 @@ impl Core {
         if position > 0 {
             self.local_flushed = self.local_flushed.max(position);
         }
+        self.landed_durably(at, session, resync_sequence);
         if self.peers[at].on(session) {
             // Acknowledgements of the writes before it go first: the stream keeps them in order.
             self.send_acks(at, out);
@@ -780,6 +789,25 @@ impl Core {
         self.start_peer_flushes(at, out);
         self.trim_window(out);
         self.pump_inbox(at, out);
+    }
+
+    /// Up to this sequence this copy durably holds what its source holds: its own bits of those blocks say nothing more, and are not
+    /// to be added to the source's again should they meet anew (D8). A rollback marks what it puts back.
+    fn landed_durably(&mut self, at: usize, session: SessionId, through: u64) {
+        let peer = &mut self.peers[at];
+        if !peer.on(session) || !matches!(peer.relation, Relation::Target) {
+            return;
+        }
+        let bitmaps = &mut peer.bitmaps;
+        peer.target
+            .landed
+            .retain(|&(sequence, volume, offset, length)| {
+                let covered = sequence <= through;
+                if covered {
+                    bitmaps[volume.0 as usize].clear(offset, length);
+                }
+                !covered
+            });
     }
 
     /// What was gathered over a batch.

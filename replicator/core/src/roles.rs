@@ -198,9 +198,30 @@ impl Core {
         } else {
             handshake::may_promote(&facts, None, None, wanted.force)
         };
-        match allowed {
-            Err(refusal) => refuse(self, refusal, out),
-            Ok(promotion) => {
+        // D11: a mixture is rolled back for want of anything better, not beside it.
+        let better = self.peers.iter().find(|p| {
+            p.session.is_some()
+                && matches!(
+                    p.their_state,
+                    Some(CopyState::UpToDate | CopyState::Complete)
+                )
+        });
+        match (allowed, better) {
+            (Err(refusal), _) => refuse(self, refusal, out),
+            (Ok(promotion), Some(better))
+                if promotion.kind == PromotionKind::ForcedAfterRollback =>
+            {
+                let slot = better.slot.0;
+                let text = refusal(
+                    format!(
+                        "copy {slot} is connected and whole, and this copy would return to a point before it"
+                    ),
+                    "Nothing was changed",
+                    format!("Promote copy {slot}; it fills this one"),
+                );
+                refuse(self, text, out);
+            }
+            (Ok(promotion), _) => {
                 self.promotion_wanted = None;
                 self.drop_kept(out);
                 self.start_promotion(wanted.admin, &promotion, wanted.force, connected, out);

@@ -24,7 +24,16 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
         ),
         StateName::Inconsistent => say(
             Severity::Degraded,
-            "this node's copy is in the middle of a resync and cannot be promoted".into(),
+            match service.undo.as_ref().filter(|undo| !undo.intact) {
+                Some(undo) => format!(
+                    "this node's copy is in the middle of a resync and cannot be promoted, not even by force, until it \
+                     ends: {}",
+                    undo.why_lost
+                ),
+                None => {
+                    "this node's copy is in the middle of a resync and cannot be promoted without force".into()
+                }
+            },
         ),
         StateName::Outdated | StateName::Consistent => say(
             Severity::Degraded,
@@ -144,15 +153,6 @@ fn peer_problems(
             Severity::Degraded,
             format!("resync {direction} {name} is not finished{held}"),
         );
-        if !resync.is_source && !resync.undo_intact && service.state == StateName::Inconsistent {
-            say(
-                Severity::Degraded,
-                format!(
-                    "the undo of the resync from {name} is gone: if {name} is lost now, this copy is \
-                     of no use"
-                ),
-            );
-        }
     }
     if let Some(verify) = &peer.verify
         && verify.different_bytes > 0

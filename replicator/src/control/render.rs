@@ -135,6 +135,16 @@ fn service_screen(out: &mut String, node: &NodeStatus, service: &ServiceReport, 
     }
     let _ = writeln!(out, "  in sync     {in_sync}");
     let _ = writeln!(out, "  peer loss   {}", policy(service.on_peer_loss));
+    if let Some(undo) = service.undo.as_ref().filter(|undo| undo.intact) {
+        let _ = writeln!(
+            out,
+            "  undo        back to position {} of generation {}; {} of {} used",
+            undo.position,
+            undo.generation,
+            bytes(undo.used_bytes),
+            bytes(undo.capacity_bytes)
+        );
+    }
     for volume in &service.volumes {
         let offered = if service.role == RoleName::Primary && !volume.nbd_uris.is_empty() {
             format!("   {}", volume.nbd_uris.join("  "))
@@ -333,7 +343,11 @@ pub fn resync_line(resync: &ResyncReport) -> String {
             Some(eta) => format!("about {} left", span(eta)),
             None => "time left not known yet".to_string(),
         };
-        format!("{}/s, {eta}", bytes(resync.rate))
+        let held = match resync.rate_limit {
+            Some(limit) => format!(" (held to {}/s)", bytes(limit)),
+            None => String::new(),
+        };
+        format!("{}/s{held}, {eta}", bytes(resync.rate))
     };
     format!(
         "{direction}, {} of {} to go ({done} % done), {pace}",
@@ -483,6 +497,7 @@ pub(crate) mod tests {
                     last_error: String::new(),
                 }],
                 hot_extents: 1,
+                undo: None,
                 counters: CountersReport::default(),
                 problems: vec![],
             }],
@@ -519,14 +534,25 @@ pub(crate) mod tests {
             started_ms_ago: 15_000,
             rate: 200 << 20,
             eta_ms: Some(5120),
+            rate_limit: Some(250 << 20),
             undo_intact: true,
+        });
+        service.state = StateName::Inconsistent;
+        service.undo = Some(UndoReport {
+            intact: false,
+            generation: "0".repeat(16),
+            position: 7,
+            used_bytes: 0,
+            capacity_bytes: 1 << 30,
+            why_lost: "its record at byte 4096 of the undo area is damaged".into(),
         });
         service.problems = super::super::health::problems(service);
         let screen = status(&node, PLAIN);
         for part in [
             "DEGRADED",
             "1.0 GiB, 1 min 30 s",
-            "1.0 GiB of 4.0 GiB to go (75 % done), 200.0 MiB/s, about 5.1 s left",
+            "1.0 GiB of 4.0 GiB to go (75 % done), 200.0 MiB/s (held to 250.0 MiB/s), about 5.1 s left",
+            "byte 4096 of the undo area is damaged",
         ] {
             assert!(screen.contains(part), "{part} is missing in:\n{screen}");
         }

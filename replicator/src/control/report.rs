@@ -50,6 +50,9 @@ pub struct ServiceReport {
     pub volumes: Vec<VolumeReport>,
     pub peers: Vec<PeerReport>,
     pub hot_extents: u64,
+    /// Of a copy in the middle of a resync.
+    #[serde(default)]
+    pub undo: Option<UndoReport>,
     pub counters: CountersReport,
     /// Worst first; empty while all is well.
     pub problems: Vec<Problem>,
@@ -135,7 +138,23 @@ pub struct ResyncReport {
     /// Bytes per second.
     pub rate: u64,
     pub eta_ms: Option<u64>,
+    /// Bytes per second it is held to at present, for the application's sake or as configured.
+    #[serde(default)]
+    pub rate_limit: Option<u64>,
     pub undo_intact: bool,
+}
+
+/// Whether a copy in the middle of a resync can return to the point before it.
+#[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
+pub struct UndoReport {
+    pub intact: bool,
+    /// 16 hexadecimal digits, and the position in that generation.
+    pub generation: String,
+    pub position: u64,
+    pub used_bytes: u64,
+    pub capacity_bytes: u64,
+    /// Why it is not intact; empty if it is.
+    pub why_lost: String,
 }
 
 #[derive(Clone, PartialEq, Eq, Debug, Serialize, Deserialize)]
@@ -359,6 +378,14 @@ impl ServiceReport {
                 .map(|peer| peer_report(peer, node_name, &volume_name, &named))
                 .collect(),
             hot_extents: status.hot_extents as u64,
+            undo: status.undo.as_ref().map(|undo| UndoReport {
+                intact: undo.intact,
+                generation: undo.returns_to.0.to_string(),
+                position: undo.returns_to.1,
+                used_bytes: undo.used_bytes,
+                capacity_bytes: undo.capacity_bytes,
+                why_lost: named(&undo.why_lost),
+            }),
             counters: (&status.counters).into(),
             problems: Vec::new(),
         };
@@ -414,6 +441,7 @@ fn peer_report(
             started_ms_ago: resync.started_ms_ago,
             rate: resync.rate,
             eta_ms: resync.eta_ms,
+            rate_limit: resync.rate_limit,
             undo_intact: resync.undo_intact,
         }),
         verify: peer.verify.map(|verify| VerifyReport {

@@ -206,3 +206,28 @@ fn credit_is_exact() {
     }
     assert!(taken.abs_diff(3 * MIB) <= 8192, "{taken}");
 }
+
+/// What is on its way shrinks with the rate, and a rate that is held back by that alone rises again.
+#[test]
+fn less_is_on_its_way_at_a_lower_rate() {
+    let mut rate = rate(MIB, 0);
+    assert_eq!(rate.window(16 * MIB, 0), 16 * MIB);
+    rate.took(4 << 20);
+    rate.adapt(Time(INTERVAL_MS * MS), [INTERVAL_MS * MS, 0, 0]);
+    // 40 MiB/s were copied.
+    assert_eq!(rate.limit(), Some(20 * MIB));
+    assert_eq!(rate.window(16 * MIB, 0), 5 * MIB);
+    assert_eq!(rate.window(MIB, 0), MIB);
+    for interval in 2..=20 {
+        rate.took(MIB as u32);
+        rate.window(16 * MIB, 16 * MIB);
+        rate.adapt(Time(interval * INTERVAL_MS * MS), [0; 3]);
+    }
+    assert!(rate.limit().is_none_or(|limit| limit > 40 * MIB));
+    // Of the minimum, a second's worth: a long line is not kept below it.
+    for interval in 21..=60 {
+        rate.took(MIB as u32);
+        rate.adapt(Time(interval * INTERVAL_MS * MS), [INTERVAL_MS * MS, 0, 0]);
+    }
+    assert_eq!((rate.limit(), rate.window(16 * MIB, 0)), (Some(MIB), MIB));
+}
