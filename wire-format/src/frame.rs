@@ -166,6 +166,8 @@ pub struct Facts {
     pub before_resync: (GenerationId, Position),
     /// Undo reaches back to the start of the resync.
     pub undo_intact: bool,
+    /// Follows a live primary that is neither of the two.
+    pub follows_third: bool,
     pub in_sync: SlotSet,
     pub in_sync_version: u64,
     pub in_sync_pending: SlotSet,
@@ -259,6 +261,8 @@ pub enum Body {
     },
     PromoteRequest {
         epoch: Epoch,
+        /// S as the sender knows it: it asks every other member.
+        in_sync: SlotSet,
     },
     PromoteReply {
         epoch: Epoch,

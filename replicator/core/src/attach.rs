@@ -587,6 +587,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         congested: false,
         resync_paused: false,
         row: None,
+        member_here: false,
         handshake: String::new(),
         met: None,
         last_error: String::new(),

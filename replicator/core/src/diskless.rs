@@ -545,6 +545,13 @@ impl Core {
             slot.0
         );
         self.notice(Level::Error, "disk-lost", Some(slot), text, out);
+        for other in 0..self.peers.len() {
+            // The primary stopped mirroring to the others before it asked: they hold what this copy held, and nothing says
+            // to them that it goes on without them (C1).
+            if other != at && self.peers[other].session.is_some() {
+                self.meet_again(other, "this copy alone goes on for the primary", out);
+            }
+        }
         self.commit(Then::DiskLostStored { peer: at, session }, out);
     }
 

@@ -140,6 +140,7 @@ impl Core {
             target_source: self.sb.target_source,
             before_resync: self.sb.before_resync,
             undo_intact: self.undo_intact(),
+            follows_third: at.is_some_and(|at| self.follows_third(at)),
             in_sync: self.sb.in_sync,
             in_sync_version: self.sb.in_sync_version,
             in_sync_pending: self.sb.in_sync_pending,
@@ -241,6 +242,7 @@ impl Core {
         let theirs = theirs.facts;
         let decision = handshake::decide(&mine, &theirs, None);
         self.peers[at].row = Some(decision.row);
+        self.peers[at].member_here = handshake::in_sync(&mine, &theirs, mine.slot);
         self.peers[at].met = Some(self.now);
         self.peers[at].handshake =
             handshake::explain(&decision, &|slot| format!("copy {}", slot.0));
@@ -267,6 +269,7 @@ impl Core {
             || now.generations != told.generations
             || now.in_sync != told.in_sync
             || now.in_sync_pending != told.in_sync_pending
+            || now.follows_third != told.follows_third
             || (now.about_peer.bits > 0) != (told.about_peer.bits > 0)
     }
 
@@ -327,8 +330,21 @@ impl Core {
             // Both took the same number, and only that copy was promoted in it: its frames are the ones to take.
             self.sb.epoch_gate = theirs.epoch;
         }
-        // Two copies that both follow a third, live primary leave each other alone.
-        if !theirs.is_primary && !self.is_primary_like() && self.follows_third(at) {
+        // Two copies that both follow a third, live primary leave each other alone. If one of them does, both wait: the
+        // other gets what it lacks from that primary, and what they would decide is over with its next write.
+        let no_primary = !theirs.is_primary && !self.is_primary_like();
+        if no_primary && mine.follows_third != theirs.follows_third {
+            let follower = if mine.follows_third { self.slot } else { slot };
+            let why = format!(
+                "copy {} follows a primary that is connected to it alone",
+                follower.0
+            );
+            self.peers[at].last_error = why.clone();
+            self.notice(Level::Info, "waiting", Some(slot), why, out);
+            self.peers[at].relation = Relation::Waiting { since: self.now };
+            return;
+        }
+        if no_primary && mine.follows_third {
             self.peers[at].relation = Relation::Agreeing;
             self.send_body(at, FrameKind::Ready, Body::Empty, out);
             if self.peers[at].ready_received {
@@ -465,7 +481,9 @@ impl Core {
         }
         if self.leads(at) {
             if self.peers[at].mode != Mode::Async && !self.sb.in_sync.contains(slot) {
-                self.begin_join(at, out);
+                if self.may_admit(slot) {
+                    self.begin_join(at, out);
+                }
             } else if self.peers[at].their_state != Some(CopyState::UpToDate) {
                 self.tell_in_sync(at, out);
             }

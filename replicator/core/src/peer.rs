@@ -279,6 +279,8 @@ pub(crate) struct Peer {
     pub resync_paused: bool,
     /// What the last meeting came to, and in words.
     pub row: Option<crate::handshake::Row>,
+    /// This copy was in S, as far as the two knew when they met.
+    pub member_here: bool,
     pub handshake: String,
     /// When that was.
     pub met: Option<Time>,

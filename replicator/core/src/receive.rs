@@ -113,8 +113,13 @@ impl Core {
             (FrameKind::InSync, Body::InSync { set, version }) => {
                 self.in_sync_told(at, set, version, out);
             }
-            (FrameKind::PromoteRequest, Body::PromoteRequest { epoch }) => {
-                self.promote_request(at, session, epoch, out);
+            (FrameKind::PromoteRequest, Body::PromoteRequest { epoch, in_sync }) => {
+                let asks = crate::roles::Asks {
+                    epoch,
+                    in_sync,
+                    generation: header.generation,
+                };
+                self.promote_request(at, session, asks, out);
             }
             (
                 FrameKind::PromoteReply,

@@ -476,6 +476,16 @@ impl Core {
             out,
         );
         self.send_body(at, FrameKind::CompleteAck, Body::Empty, out);
+        if self.peers[at].is_primary {
+            return;
+        }
+        // A primary speaks for all its followers. Filled by any other, this copy is not what it was when it agreed with the
+        // rest: they meet again (D7, C1).
+        for other in 0..self.peers.len() {
+            if other != at && matches!(self.peers[other].relation, Relation::Established) {
+                self.meet_again(other, "this copy was filled since they agreed", out);
+            }
+        }
     }
 
     // --- joining S ---
@@ -516,7 +526,32 @@ impl Core {
             self.peers[at].their_state = Some(CopyState::Complete);
             return self.trim_window(out);
         }
+        if !self.may_admit(slot) {
+            self.peers[at].relation = Relation::Established;
+            self.peers[at].their_state = Some(CopyState::Complete);
+            return self.trim_window(out);
+        }
         self.begin_join(at, out);
+    }
+
+    /// Whether S may get this member from here. Without a primary only a member of S may say so, and not while the owner of
+    /// the epoch is outside S: it may live without its disk, and what it completes reaches no new member (C1, D13).
+    pub(crate) fn may_admit(&self, slot: Slot) -> bool {
+        if self.is_primary_like() {
+            return true;
+        }
+        let owner = self.sb.epoch_gate.owner;
+        let nobody = self.sb.epoch_gate.number == 0 || usize::from(owner) >= MAX_COPIES;
+        let owner_known = nobody
+            || owner == self.slot.0
+            || owner == slot.0
+            || self.sb.in_sync.contains(Slot(owner));
+        // A member may not have heard yet that it is one: then the other copy's record says so.
+        let member = self.sb.in_sync.contains(self.slot)
+            || self
+                .peer_index(slot)
+                .is_some_and(|at| self.peers[at].member_here);
+        member && owner_known
     }
 
     /// From here on every completion needs this copy's acknowledgement; when what was issued before has it
@@ -550,7 +585,6 @@ impl Core {
             through,
             committing: true,
         };
-        // This copy was its source: both hold the same, even if a newer epoch had gone on without this one.
         self.sb.in_sync = self.sb.in_sync.with(slot).with(self.slot);
         if self.sb.state == CopyState::Complete {
             // A member of S like the one it filled.
@@ -591,6 +625,12 @@ impl Core {
             self.announce_in_sync(out);
         } else {
             self.tell_in_sync(at, out);
+            for other in 0..self.peers.len() {
+                // Who is promoted asks all of S first, and has to know of it.
+                if other != at && matches!(self.peers[other].relation, Relation::Established) {
+                    self.send_in_sync(other, out);
+                }
+            }
         }
         self.notice(
             Level::Info,
@@ -624,7 +664,7 @@ impl Core {
         self.stable_held = None;
     }
 
-    fn send_in_sync(&mut self, at: usize, out: &mut Actions) {
+    pub(crate) fn send_in_sync(&mut self, at: usize, out: &mut Actions) {
         let body = Body::InSync {
             set: self.sb.in_sync,
             version: self.sb.in_sync_version,

@@ -36,6 +36,16 @@ pub(crate) struct WantedPromotion {
     pub primary_heard: bool,
 }
 
+/// What a copy that wants to be promoted asks with.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct Asks {
+    pub epoch: Epoch,
+    /// S as it knows it.
+    pub in_sync: SlotSet,
+    /// Where it is.
+    pub generation: GenerationId,
+}
+
 impl Core {
     // --- promotion ---
 
@@ -303,7 +313,10 @@ impl Core {
                 self.send_body(
                     at,
                     FrameKind::PromoteRequest,
-                    Body::PromoteRequest { epoch },
+                    Body::PromoteRequest {
+                        epoch,
+                        in_sync: self.sb.in_sync,
+                    },
                     out,
                 );
             }
@@ -454,15 +467,17 @@ impl Core {
         &mut self,
         at: usize,
         session: SessionId,
-        epoch: Epoch,
+        asks: Asks,
         out: &mut Actions,
     ) {
+        let epoch = asks.epoch;
         let slot = self.peers[at].slot;
         let settled = matches!(
             self.peers[at].relation,
             Relation::Established | Relation::Target
         );
         let mut reason = String::new();
+        let (mut apart, mut unasked) = (false, false);
         // Two at once take the same number, each for itself: the one that yields takes the other's.
         let same_number = self
             .promotion
@@ -473,6 +488,9 @@ impl Core {
             reason = format!("copy {} asks for an epoch of copy {}", slot.0, epoch.owner);
         } else if !settled {
             reason = format!("this copy is {}", self.peers[at].relation.name());
+        } else if let Some(why) = self.apart(at, asks.generation) {
+            reason = why;
+            apart = true;
         } else if matches!(self.role, Role::Primary | Role::Demoting) {
             reason = "this copy is primary".into();
         } else if self.role == Role::Promoting
@@ -482,6 +500,9 @@ impl Core {
             reason = "this copy is being promoted".into();
         } else if epoch.number <= self.sb.epoch_gate.number && !same_number {
             reason = format!("epoch {} was accepted already", self.sb.epoch_gate.number);
+        } else if let Some(member) = self.unasked_member(slot, asks.in_sync) {
+            reason = format!("copy {} is in sync, too, and was not asked", member.0);
+            unasked = true;
         }
         if !reason.is_empty() {
             let body = Body::PromoteReply {
@@ -489,7 +510,13 @@ impl Core {
                 accepted: false,
                 reason,
             };
-            return self.send_body(at, FrameKind::PromoteReply, body, out);
+            self.send_body(at, FrameKind::PromoteReply, body, out);
+            if apart {
+                self.meet_again(at, "the copies went apart since they agreed", out);
+            } else if unasked {
+                self.send_in_sync(at, out);
+            }
+            return;
         }
         if self.role == Role::Promoting {
             self.cancel_promotion("another copy with a lower slot is being promoted", out);
@@ -503,6 +530,38 @@ impl Core {
             },
             out,
         );
+    }
+
+    /// A member of S as this copy knows it that the one who asks does not know of: what it asks for was not asked of
+    /// everybody who may be promoted without it (C1).
+    fn unasked_member(&self, asking: Slot, asked: SlotSet) -> Option<Slot> {
+        if !self.sb.in_sync.contains(self.slot) {
+            // Whoever left S hears of no change of it any more.
+            return None;
+        }
+        let known = self.sb.in_sync.union(self.sb.in_sync_pending);
+        known
+            .without(self.slot)
+            .without(asking)
+            .iter()
+            .find(|slot| !asked.contains(*slot))
+    }
+
+    /// What this copy became since it and `at` agreed that they hold the same, if it concerns a promotion there (C1): two
+    /// copies agree once, and a third one, or the loss of a disk, may lead one of them on alone.
+    fn apart(&self, at: usize, generation: GenerationId) -> Option<String> {
+        if !matches!(self.peers[at].relation, Relation::Established) {
+            return None;
+        }
+        if self.sb.target_of != GenerationId(0) || self.sb.state == CopyState::Inconsistent {
+            return Some("this copy is being filled by another one".into());
+        }
+        (generation != self.generation()).then(|| {
+            format!(
+                "this copy is in generation {}, that one in {generation}",
+                self.generation()
+            )
+        })
     }
 
     pub(crate) fn gate_raised(

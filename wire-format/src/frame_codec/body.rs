@@ -122,7 +122,10 @@ pub fn encode_body(body: &Body) -> Vec<u8> {
             w.u8(set.0);
             w.u64(*version);
         }
-        Body::PromoteRequest { epoch } => put_epoch(&mut w, *epoch),
+        Body::PromoteRequest { epoch, in_sync } => {
+            put_epoch(&mut w, *epoch);
+            w.u8(in_sync.0);
+        }
         Body::PromoteReply {
             epoch,
             accepted,
@@ -233,6 +236,7 @@ fn body(kind: FrameKind, r: &mut Reader) -> Result<Body, Fault> {
         },
         FrameKind::PromoteRequest => Body::PromoteRequest {
             epoch: take_epoch(r)?,
+            in_sync: SlotSet(r.u8()?),
         },
         FrameKind::PromoteReply => {
             let epoch = take_epoch(r)?;

@@ -154,6 +154,7 @@ fn put_facts(w: &mut Writer, f: &Facts) {
         f.unclean_start,
         f.generations_cut,
         f.undo_intact,
+        f.follows_third,
     ]));
     w.u8(f.mode.code());
     w.u8(f.on_peer_loss.code());
@@ -177,7 +178,13 @@ fn take_facts(r: &mut Reader) -> Result<Facts, Fault> {
     let state =
         crate::metadata::CopyState::from_code(r.u8()?).ok_or("the state of the copy is unknown")?;
     let flags = take_copy_flags(r)?;
-    let [is_primary, unclean_start, generations_cut, undo_intact] = unpack(r.flags(0b1111)?);
+    let [
+        is_primary,
+        unclean_start,
+        generations_cut,
+        undo_intact,
+        follows_third,
+    ] = unpack(r.flags(0b1_1111)?);
     let mode = crate::metadata::Mode::from_code(r.u8()?).ok_or("the mode is unknown")?;
     let on_peer_loss =
         crate::metadata::OnPeerLoss::from_code(r.u8()?).ok_or("the policy is unknown")?;
@@ -201,6 +208,7 @@ fn take_facts(r: &mut Reader) -> Result<Facts, Fault> {
         target_source: slot_or_none(r.u8()?)?,
         before_resync: (GenerationId(r.u64()?), r.u64()?),
         undo_intact,
+        follows_third,
         in_sync: SlotSet(r.u8()?),
         in_sync_version: r.u64()?,
         in_sync_pending: SlotSet(r.u8()?),

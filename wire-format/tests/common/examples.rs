@@ -88,6 +88,7 @@ pub fn hello() -> Hello {
         target_source: 2,
         before_resync: (GenerationId(0xa001), 99),
         undo_intact: true,
+        follows_third: false,
         in_sync: SlotSet(0b011),
         in_sync_version: 12,
         in_sync_pending: SlotSet(0b111),
@@ -202,7 +203,10 @@ pub fn bodies() -> Vec<(&'static str, FrameKind, Body)> {
         (
             "promote_request",
             K::PromoteRequest,
-            Body::PromoteRequest { epoch },
+            Body::PromoteRequest {
+                epoch,
+                in_sync: SlotSet(0b110),
+            },
         ),
         (
             "promote_reply",

@@ -179,7 +179,7 @@ fn any_facts() -> impl Strategy<Value = Facts> {
             epoch(),
             select(CopyState::ALL),
             copy_flags(),
-            any::<[bool; 4]>(),
+            any::<[bool; 5]>(),
         ),
         (
             select(Mode::ALL),
@@ -214,6 +214,7 @@ fn any_facts() -> impl Strategy<Value = Facts> {
                 target_source,
                 before_resync: (GenerationId(n[5]), n[6]),
                 undo_intact: bits[3],
+                follows_third: bits[4],
                 in_sync,
                 in_sync_version: n[7],
                 in_sync_pending,
@@ -291,7 +292,10 @@ pub fn any_body() -> impl Strategy<Value = (FrameKind, Body)> {
         any::<u64>().prop_map(|position| (K::ResyncDone, Body::ResyncDone { position })),
         (slots(), any::<u64>())
             .prop_map(|(set, version)| (K::InSync, Body::InSync { set, version })),
-        epoch().prop_map(|epoch| (K::PromoteRequest, Body::PromoteRequest { epoch })),
+        (epoch(), slots()).prop_map(|(epoch, in_sync)| (
+            K::PromoteRequest,
+            Body::PromoteRequest { epoch, in_sync }
+        )),
         (epoch(), any::<bool>(), text(1024)).prop_map(|(epoch, accepted, reason)| (
             K::PromoteReply,
             Body::PromoteReply {

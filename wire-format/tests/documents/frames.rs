@@ -264,6 +264,11 @@ fn other_bodies() {
                 &[],
                 set!(b, PromoteRequest { epoch } => epoch.owner = 6),
             ),
+            (
+                "set",
+                &[],
+                set!(b, PromoteRequest { in_sync } => in_sync.0 = !in_sync.0),
+            ),
         ],
     );
     body(

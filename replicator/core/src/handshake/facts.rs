@@ -14,15 +14,21 @@ pub(super) const NO_GENERATION: GenerationId = GenerationId(0);
 pub(super) struct Record {
     /// Owner of the newest epoch; none if nobody was promoted or two claim the same number.
     pub owner: Option<Slot>,
+    /// S as it is written down: slots.
     pub in_sync: SlotSet,
+    /// Those of the two whose disk is the one that S was written down with. Another disk in the same slot holds none of
+    /// what made the copy a member (C1), even if somebody who is no member filled it since.
+    members: SlotSet,
 }
 
 impl Record {
     pub fn of(a: &Facts, b: &Facts, store: Option<&StoreRecord>) -> Record {
         if let Some(store) = store {
+            // `went_back` compares the disks with the store's.
             return Record {
                 owner: owner(store.epoch),
                 in_sync: store.in_sync,
+                members: store.in_sync,
             };
         }
         let key = |f: &Facts| (f.epoch.number, f.in_sync_version);
@@ -34,17 +40,39 @@ impl Record {
         } else {
             owner(b.epoch)
         };
-        let in_sync = match key(a).cmp(&key(b)) {
-            std::cmp::Ordering::Greater => a.in_sync,
-            std::cmp::Ordering::Less => b.in_sync,
+        let (of_a, of_b) = (by_disk(a, b), by_disk(b, a));
+        let (in_sync, members) = match key(a).cmp(&key(b)) {
+            std::cmp::Ordering::Greater => (a.in_sync, of_a),
+            std::cmp::Ordering::Less => (b.in_sync, of_b),
             // Two different sets under one version: only what both say can be relied on.
-            std::cmp::Ordering::Equal => SlotSet(a.in_sync.0 & b.in_sync.0),
+            std::cmp::Ordering::Equal => {
+                (SlotSet(a.in_sync.0 & b.in_sync.0), SlotSet(of_a.0 & of_b.0))
+            }
         };
-        Record { owner, in_sync }
+        Record {
+            owner,
+            in_sync,
+            members,
+        }
     }
 
     pub fn in_s(&self, f: &Facts) -> bool {
-        self.in_sync.contains(f.slot)
+        self.members.contains(f.slot)
+    }
+}
+
+/// Whether the copy in `slot`, one of the two, is in S as far as the pair knows.
+pub(crate) fn in_sync(a: &Facts, b: &Facts, slot: Slot) -> bool {
+    Record::of(a, b, None).members.contains(slot)
+}
+
+/// S as `of` holds it, without `other` if another disk is in that slot by now.
+fn by_disk(of: &Facts, other: &Facts) -> SlotSet {
+    let known = &of.about_peer;
+    if known.known && known.disk != other.disk {
+        of.in_sync.without(other.slot)
+    } else {
+        of.in_sync
     }
 }
 
@@ -190,7 +218,7 @@ pub(super) fn surplus_beyond(y: &Facts, x: &Facts, child: &Generation) -> Option
     // In sync mode a write completes when every member of S has it, and a primary that goes on without a member
     // makes a generation first. So what X lacks was acknowledged only if X did not count, if X may have had it in
     // memory alone (semi-sync), or if X lost it again when it stopped uncleanly.
-    let x_counted = y.in_sync.contains(x.slot);
+    let x_counted = by_disk(y, x).contains(x.slot);
     let x_kept_it = y.mode == Mode::Sync && child.cause != GenerationCause::Restart;
     let acknowledged = !(x_counted && x_kept_it);
     let list = list_usable(y, x, current(y));

@@ -16,6 +16,7 @@ mod rows;
 mod tests;
 
 pub use explain::{Names, explain};
+pub(crate) use facts::in_sync;
 pub use promote::{Promotion, PromotionKind, may_promote};
 pub use rows::decide;
 

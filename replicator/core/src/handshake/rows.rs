@@ -107,7 +107,7 @@ impl<'a> Meeting<'a> {
             source: x.slot,
             target: y.slot,
             how,
-            leaves_s: self.record.in_s(y),
+            leaves_s: self.record.in_sync.contains(y.slot),
             target_demotes: y.is_primary,
             target_outdated: matches!(row, Row::R5 | Row::R6 | Row::R14 | Row::R15 | Row::R16),
             target_becomes: match x.state {

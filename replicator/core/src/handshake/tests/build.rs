@@ -67,6 +67,7 @@ fn copy(slot: u8, peer: u8) -> Facts {
         target_source: 0xff,
         before_resync: (GenerationId(0), 0),
         undo_intact: false,
+        follows_third: false,
         in_sync: SlotSet(0b11),
         in_sync_version: 3,
         in_sync_pending: SlotSet::EMPTY,
