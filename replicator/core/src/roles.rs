@@ -1131,6 +1131,13 @@ impl Core {
     /// Forgets the window; its entries have bits wherever they may be missing.
     pub(crate) fn release_window(&mut self, out: &mut Actions) {
         for entry in self.window.clear() {
+            // Answered, and only a copy that nobody waits for has not acknowledged it: its place in the window is what an
+            // acknowledgement, or the end of the session, would have found it by.
+            let settled = entry.op != NO_OP
+                && matches!(self.ops.get(entry.op as usize), Some(Op::Client(op)) if op.replied && op.local_left == 0);
+            if settled {
+                self.ops.remove(entry.op as usize);
+            }
             if entry.holds_log && entry.length > 0 {
                 for extent in self.extents(entry.volume, entry.offset, entry.length) {
                     self.log.release(extent);

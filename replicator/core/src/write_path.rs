@@ -931,6 +931,8 @@ impl Core {
             op.replied = true;
             let (request, many, internal) = (op.request, op.part_of_many, op.internal);
             if internal {
+                // What is still open of it may never be answered: the next primary's flushes do not wait for it.
+                self.stable_flush_running = false;
             } else if many {
                 self.piece_done(request, status, out);
             } else {
