@@ -254,6 +254,8 @@ pub enum Body {
     },
     ResyncDone {
         position: Position,
+        /// Third copies that hold the same as the source, as far as it knows: what they do not share with it they have marked.
+        equal: SlotSet,
     },
     InSync {
         set: SlotSet,

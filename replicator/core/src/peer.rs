@@ -130,6 +130,8 @@ pub(crate) struct TargetState {
     /// ResyncDone came: what follows it is mirrored writes of a copy that is about to be whole.
     pub finishing: bool,
     pub generation_base: Option<Position>,
+    /// Third copies that hold what the source holds, as it says.
+    pub equal: SlotSet,
 }
 
 /// A run of the online comparison.

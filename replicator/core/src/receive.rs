@@ -106,7 +106,8 @@ impl Core {
                 }
             }
             (FrameKind::ResyncAck, Body::Acks { runs }) => self.resync_ack(at, session, &runs, out),
-            (FrameKind::ResyncDone, Body::ResyncDone { position }) => {
+            (FrameKind::ResyncDone, Body::ResyncDone { position, equal }) => {
+                self.peers[at].target.equal = equal;
                 self.resync_done_received(at, position, header.dependency, out);
             }
             (FrameKind::CompleteAck, _) => self.complete_ack(at, session, out),

@@ -351,8 +351,22 @@ impl Core {
         header.dependency = self.sb.generation_base;
         let body = Body::ResyncDone {
             position: self.issued,
+            equal: self.equals(),
         };
         self.send(at, header, Payload::Body(body), out);
+    }
+
+    /// Copies that agreed with this one that both hold the same, without a block marked since. Whatever becomes different
+    /// is marked by the copy that changes, toward everybody (`received_becomes_bits`, `primary_gone`): so a target may
+    /// forget what it marked toward these when it is whole. Else two copies that are equal fill a third in turns for ever.
+    fn equals(&self) -> SlotSet {
+        if self.is_primary_like() {
+            return SlotSet::EMPTY;
+        }
+        self.peers
+            .iter()
+            .filter(|p| matches!(p.relation, Relation::Established) && p.dirty_bits() == 0)
+            .fold(SlotSet::EMPTY, |set, p| set.with(p.slot))
     }
 
     /// Everything up to this sequence is durable at the target: now its bits may go (D8), unless written since.
@@ -454,6 +468,17 @@ impl Core {
         // Equal now: our bits toward the source name nothing any more.
         for bitmap in &mut self.peers[at].bitmaps {
             bitmap.clear_all();
+        }
+        let (equal, generation) = (self.peers[at].target.equal, self.generation());
+        for other in 0..self.peers.len() {
+            let record = self.peers[other].record;
+            if other != at && equal.contains(self.peers[other].slot) {
+                for bitmap in &mut self.peers[other].bitmaps {
+                    bitmap.clear_all();
+                }
+                self.sb.peers[record].bitmap_base = generation;
+                self.sb.peers[record].full_copy = false;
+            }
         }
         // Nothing leads back from Complete: what comes now is not saved any more.
         if self.peers[at].their_mode == Mode::Async {

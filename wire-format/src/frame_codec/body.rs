@@ -117,7 +117,10 @@ pub fn encode_body(body: &Body) -> Vec<u8> {
             w.u64(*position);
             w.u64(*resync_sequence);
         }
-        Body::ResyncDone { position } => w.u64(*position),
+        Body::ResyncDone { position, equal } => {
+            w.u64(*position);
+            w.u8(equal.0);
+        }
         Body::InSync { set, version } => {
             w.u8(set.0);
             w.u64(*version);
@@ -229,7 +232,10 @@ fn body(kind: FrameKind, r: &mut Reader) -> Result<Body, Fault> {
             position: r.u64()?,
             resync_sequence: r.u64()?,
         },
-        FrameKind::ResyncDone => Body::ResyncDone { position: r.u64()? },
+        FrameKind::ResyncDone => Body::ResyncDone {
+            position: r.u64()?,
+            equal: SlotSet(r.u8()?),
+        },
         FrameKind::InSync => Body::InSync {
             set: SlotSet(r.u8()?),
             version: r.u64()?,

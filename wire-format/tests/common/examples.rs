@@ -190,7 +190,10 @@ pub fn bodies() -> Vec<(&'static str, FrameKind, Body)> {
         (
             "resync_done",
             K::ResyncDone,
-            Body::ResyncDone { position: 2001 },
+            Body::ResyncDone {
+                position: 2001,
+                equal: SlotSet(0b110),
+            },
         ),
         (
             "in_sync",

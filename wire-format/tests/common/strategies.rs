@@ -289,7 +289,8 @@ pub fn any_body() -> impl Strategy<Value = (FrameKind, Body)> {
                 resync_sequence
             }
         )),
-        any::<u64>().prop_map(|position| (K::ResyncDone, Body::ResyncDone { position })),
+        (any::<u64>(), slots())
+            .prop_map(|(position, equal)| (K::ResyncDone, Body::ResyncDone { position, equal })),
         (slots(), any::<u64>())
             .prop_map(|(set, version)| (K::InSync, Body::InSync { set, version })),
         (epoch(), slots()).prop_map(|(epoch, in_sync)| (

@@ -230,11 +230,18 @@ fn other_bodies() {
         "ResyncDone",
         K::ResyncDone,
         |b| framed(K::ResyncDone, b),
-        &[(
-            "position",
-            &[],
-            set!(b, ResyncDone { position } => *position = !*position),
-        )],
+        &[
+            (
+                "position",
+                &[],
+                set!(b, ResyncDone { position } => *position = !*position),
+            ),
+            (
+                "equal",
+                &[],
+                set!(b, ResyncDone { equal } => equal.0 = !equal.0),
+            ),
+        ],
     );
     body(
         "InSync",
