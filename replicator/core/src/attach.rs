@@ -588,6 +588,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         resync_paused: false,
         row: None,
         member_here: false,
+        again_since: None,
         handshake: String::new(),
         met: None,
         last_error: String::new(),

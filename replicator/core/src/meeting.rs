@@ -43,6 +43,7 @@ impl Core {
         let now = self.now;
         let peer = &mut self.peers[at];
         peer.session = Some(session);
+        peer.again_since = None;
         peer.wire_version = WIRE_VERSION_MIN;
         peer.relation = Relation::Greeting {
             sent: None,
@@ -842,6 +843,7 @@ impl Core {
         let Some(session) = self.peers[at].session else {
             return;
         };
+        self.peers[at].again_since = (code == GoodbyeCode::Again).then_some(self.now);
         out.push(Action::Close {
             peer: slot,
             session,

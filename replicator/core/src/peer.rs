@@ -281,6 +281,8 @@ pub(crate) struct Peer {
     pub resync_paused: bool,
     /// What the last meeting came to, and in words.
     pub row: Option<crate::handshake::Row>,
+    /// The session was ended to meet again, and the next one has not begun.
+    pub again_since: Option<Time>,
     /// This copy was in S, as far as the two knew when they met.
     pub member_here: bool,
     pub handshake: String,

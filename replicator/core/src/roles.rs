@@ -26,6 +26,9 @@ pub(crate) fn refusal(
     }
 }
 
+/// How long a promotion takes a copy for connected whose session was ended to meet again, in ms.
+const MEET_AGAIN_MS: u64 = 1000;
+
 /// A promotion somebody asked for that waits for the facts it needs.
 #[derive(Clone, Copy, Debug)]
 pub(crate) struct WantedPromotion {
@@ -149,15 +152,20 @@ impl Core {
                 out,
             );
         }
+        let now = self.now;
         let unsettled = self.peers.iter().any(|p| {
-            p.session.is_some()
-                && !matches!(
-                    p.relation,
-                    Relation::Established
-                        | Relation::Source
-                        | Relation::Refused
-                        | Relation::Waiting { .. }
-                )
+            let coming = p
+                .again_since
+                .is_some_and(|since| now.ms_since(since) < MEET_AGAIN_MS);
+            p.session.is_none() && coming
+                || p.session.is_some()
+                    && !matches!(
+                        p.relation,
+                        Relation::Established
+                            | Relation::Source
+                            | Relation::Refused
+                            | Relation::Waiting { .. }
+                    )
         });
         if unsettled {
             if self.now.ms_since(wanted.since) > PROMOTION_WAIT_MS {
