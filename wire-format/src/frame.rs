@@ -265,6 +265,8 @@ pub enum Body {
         epoch: Epoch,
         /// S as the sender knows it: it asks every other member.
         in_sync: SlotSet,
+        /// A person insists.
+        force: bool,
     },
     PromoteReply {
         epoch: Epoch,

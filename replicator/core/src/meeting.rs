@@ -843,7 +843,8 @@ impl Core {
         let Some(session) = self.peers[at].session else {
             return;
         };
-        self.peers[at].again_since = (code == GoodbyeCode::Again).then_some(self.now);
+        self.peers[at].again_since =
+            (reconnect && code != GoodbyeCode::Shutdown).then_some(self.now);
         out.push(Action::Close {
             peer: slot,
             session,

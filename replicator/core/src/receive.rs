@@ -114,10 +114,18 @@ impl Core {
             (FrameKind::InSync, Body::InSync { set, version }) => {
                 self.in_sync_told(at, set, version, out);
             }
-            (FrameKind::PromoteRequest, Body::PromoteRequest { epoch, in_sync }) => {
+            (
+                FrameKind::PromoteRequest,
+                Body::PromoteRequest {
+                    epoch,
+                    in_sync,
+                    force,
+                },
+            ) => {
                 let asks = crate::roles::Asks {
                     epoch,
                     in_sync,
+                    force,
                     generation: header.generation,
                 };
                 self.promote_request(at, session, asks, out);

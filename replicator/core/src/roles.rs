@@ -45,6 +45,8 @@ pub(crate) struct Asks {
     pub epoch: Epoch,
     /// S as it knows it.
     pub in_sync: SlotSet,
+    /// A person insists.
+    pub force: bool,
     /// Where it is.
     pub generation: GenerationId,
 }
@@ -260,10 +262,17 @@ impl Core {
                     && !p.diskless
             })
         };
-        // No slot, as long as nobody was promoted.
-        let owner = self.sb.epoch_gate.owner;
+        // Whose writes this copy holds; no slot, as long as nobody was promoted. A newer epoch is this copy's own, from an
+        // attempt that was begun anew, or somebody else's who may be primary.
+        let owner = self
+            .sb
+            .generations
+            .last()
+            .map_or(u8::MAX, |g| g.epoch.owner);
+        let newest = self.sb.epoch_gate.owner;
         let members = self.sb.in_sync.without(self.slot);
         self.sb.state == CopyState::Complete
+            && (newest == owner || newest == self.slot.0)
             && members.iter().any(|slot| slot.0 == owner)
             && members.iter().all(settled)
     }
@@ -312,6 +321,7 @@ impl Core {
             return;
         };
         let (epoch, waiting) = (promotion.epoch, promotion.waiting_for);
+        let insisted = promotion.insisted;
         if !waiting.is_empty() && self.sb.epoch_gate != epoch && !planted!("own-gate-late") {
             self.sb.epoch_gate = epoch;
             return self.commit(Then::EpochTaken { epoch }, out);
@@ -324,6 +334,7 @@ impl Core {
                     Body::PromoteRequest {
                         epoch,
                         in_sync: self.sb.in_sync,
+                        force: insisted,
                     },
                     out,
                 );
@@ -508,7 +519,13 @@ impl Core {
             reason = "this copy is being promoted".into();
         } else if epoch.number <= self.sb.epoch_gate.number && !same_number {
             reason = format!("epoch {} was accepted already", self.sb.epoch_gate.number);
-        } else if let Some(member) = self.unasked_member(slot, asks.in_sync) {
+        } else if let (false, Some(other)) = (asks.force, self.agreed_to_another(slot)) {
+            reason = format!(
+                "this copy agreed to the promotion of copy {}, which is not connected and may be primary",
+                other.0
+            );
+        } else if let (false, Some(member)) = (asks.force, self.unasked_member(slot, asks.in_sync))
+        {
             reason = format!("copy {} is in sync, too, and was not asked", member.0);
             unasked = true;
         }
@@ -538,6 +555,25 @@ impl Core {
             },
             out,
         );
+    }
+
+    /// A third copy that this one agreed to last, whose generation never came: whether it was promoted is not known here, and
+    /// as a copy outside S it may complete writes alone (C1).
+    fn agreed_to_another(&self, asking: Slot) -> Option<Slot> {
+        let owner = self.sb.epoch_gate.owner;
+        let last = self.sb.generations.last().map(|g| g.epoch.owner);
+        if self.sb.epoch_gate.number == 0
+            || usize::from(owner) >= MAX_COPIES
+            || [Some(self.slot.0), Some(asking.0), last].contains(&Some(owner))
+        {
+            return None;
+        }
+        let there = self.peers.iter().any(|p| {
+            p.slot.0 == owner
+                && !p.is_primary
+                && matches!(p.relation, Relation::Established | Relation::Source)
+        });
+        (!there).then_some(Slot(owner))
     }
 
     /// A member of S as this copy knows it that the one who asks does not know of: what it asks for was not asked of
@@ -775,6 +811,12 @@ impl Core {
                     return;
                 }
                 self.push_generation(generation);
+                if self.peers[at].mode == Mode::Async || self.peers[at].their_mode == Mode::Async {
+                    // C1: a primary that this copy follows asynchronously completes without it, from its first write on. Its
+                    // `InSync` comes after it serves; this is durable before.
+                    self.sb.in_sync = SlotSet::only(slot);
+                    self.sb.in_sync_pending = self.sb.in_sync;
+                }
                 self.sb.flags.zeroed = false;
                 self.sb.generation_base = header.position;
                 self.unclean_start = false;

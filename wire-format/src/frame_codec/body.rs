@@ -125,9 +125,14 @@ pub fn encode_body(body: &Body) -> Vec<u8> {
             w.u8(set.0);
             w.u64(*version);
         }
-        Body::PromoteRequest { epoch, in_sync } => {
+        Body::PromoteRequest {
+            epoch,
+            in_sync,
+            force,
+        } => {
             put_epoch(&mut w, *epoch);
             w.u8(in_sync.0);
+            w.u8(pack([*force]));
         }
         Body::PromoteReply {
             epoch,
@@ -243,6 +248,7 @@ fn body(kind: FrameKind, r: &mut Reader) -> Result<Body, Fault> {
         FrameKind::PromoteRequest => Body::PromoteRequest {
             epoch: take_epoch(r)?,
             in_sync: SlotSet(r.u8()?),
+            force: r.flags(1)? == 1,
         },
         FrameKind::PromoteReply => {
             let epoch = take_epoch(r)?;

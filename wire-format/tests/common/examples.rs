@@ -209,6 +209,7 @@ pub fn bodies() -> Vec<(&'static str, FrameKind, Body)> {
             Body::PromoteRequest {
                 epoch,
                 in_sync: SlotSet(0b110),
+                force: true,
             },
         ),
         (

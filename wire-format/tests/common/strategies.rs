@@ -293,9 +293,13 @@ pub fn any_body() -> impl Strategy<Value = (FrameKind, Body)> {
             .prop_map(|(position, equal)| (K::ResyncDone, Body::ResyncDone { position, equal })),
         (slots(), any::<u64>())
             .prop_map(|(set, version)| (K::InSync, Body::InSync { set, version })),
-        (epoch(), slots()).prop_map(|(epoch, in_sync)| (
+        (epoch(), slots(), any::<bool>()).prop_map(|(epoch, in_sync, force)| (
             K::PromoteRequest,
-            Body::PromoteRequest { epoch, in_sync }
+            Body::PromoteRequest {
+                epoch,
+                in_sync,
+                force
+            }
         )),
         (epoch(), any::<bool>(), text(1024)).prop_map(|(epoch, accepted, reason)| (
             K::PromoteReply,

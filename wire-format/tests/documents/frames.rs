@@ -276,6 +276,11 @@ fn other_bodies() {
                 &[],
                 set!(b, PromoteRequest { in_sync } => in_sync.0 = !in_sync.0),
             ),
+            (
+                "force",
+                &[],
+                set!(b, PromoteRequest { force } => *force = !*force),
+            ),
         ],
     );
     body(
