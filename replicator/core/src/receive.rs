@@ -222,6 +222,11 @@ impl Core {
         );
         if gated && header.epoch.number < self.sb.epoch_gate.number && !planted!("old-epoch") {
             self.counters.refused_frames += 1;
+            if header.kind == FrameKind::InSync {
+                // Who kept S in an older epoch says nothing of it any more; nothing is lost with what it said. A promotion
+                // under way meets this often, and is not to lose a copy by it.
+                return None;
+            }
             let text = format!(
                 "a frame of epoch {} came, epoch {} was accepted since",
                 header.epoch.number, self.sb.epoch_gate.number

@@ -517,7 +517,11 @@ impl Core {
         {
             // Two at once: the lower slot goes on.
             reason = "this copy is being promoted".into();
-        } else if epoch.number <= self.sb.epoch_gate.number && !same_number {
+        } else if epoch.number <= self.sb.epoch_gate.number
+            && !same_number
+            // Heard of from another copy that agreed to it.
+            && epoch != self.sb.epoch_gate
+        {
             reason = format!("epoch {} was accepted already", self.sb.epoch_gate.number);
         } else if let (false, Some(other)) = (asks.force, self.agreed_to_another(slot)) {
             reason = format!(

@@ -605,6 +605,19 @@ impl<'a> Meeting<'a> {
                     "made this generation",
                 )
             })
+            // Both followed a third copy equally far, and each marked what the other may have missed of it.
+            .or_else(|| {
+                let third = current_maker(self.a)
+                    .is_some_and(|maker| maker != self.a.slot && maker != self.b.slot);
+                (third && may_be_source(self.a)).then(|| {
+                    let maker = current_maker(self.a).map_or(0, |slot| slot.0);
+                    let why = format!(
+                        "slot {maker} made this generation, and both followed it equally far: slot {} has the lower number",
+                        self.a.slot.0
+                    );
+                    (self.a, self.b, why)
+                })
+            })
     }
 
     /// Rows 14 and 15: Y's generation is an ancestor of X's, which left it with `child`.

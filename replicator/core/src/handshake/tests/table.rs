@@ -495,7 +495,7 @@ fn row_13_bits_without_a_crash() {
 }
 
 #[test]
-fn row_13_marks_on_both_sides_that_nobody_can_have_made_are_a_defect() {
+fn row_13_marks_on_both_sides_of_two_that_followed_a_third() {
     let (mut a, mut b) = pair();
     for f in [&mut a, &mut b] {
         f.flags.was_primary = false;
@@ -503,10 +503,13 @@ fn row_13_marks_on_both_sides_that_nobody_can_have_made_are_a_defect() {
         f.epoch.owner = 2;
         f.about_peer.bits = 1;
     }
-    assert!(matches!(
-        refused(&meet(&a, &b), Row::R13),
-        Problem::Defect { .. }
-    ));
+    let p = plan(&meet(&a, &b), Row::R13);
+    assert_eq!((p.source, p.target, p.how), (Slot(0), Slot(1), How::Bits));
+    // Of whoever followed less far nothing is taken.
+    b.position += 1;
+    b.issued += 1;
+    let p = plan(&meet(&a, &b), Row::R13);
+    assert_eq!((p.source, p.target), (Slot(1), Slot(0)));
 }
 
 #[test]
