@@ -1,7 +1,8 @@
 //! The command line as a person meets it: what is said where it goes wrong, and that every verb explains itself.
 
 use std::path::Path;
-use std::process::{Command, Output, Stdio};
+use std::process::{Child, Command, Output, Stdio};
+use std::time::{Duration, Instant};
 
 fn holdfast(arguments: &[&str]) -> Output {
     Command::new(env!("CARGO_BIN_EXE_holdfast"))
@@ -157,4 +158,77 @@ fn pages_and_completions_know_every_verb_and_so_does_the_documentation() {
             );
         }
     }
+}
+
+/// Ended with the test, however that ends.
+struct Running(Child);
+
+impl Drop for Running {
+    fn drop(&mut self) {
+        let _ = self.0.kill();
+        let _ = self.0.wait();
+    }
+}
+
+#[test]
+fn a_service_is_detached_while_the_replicator_runs_on_and_a_disk_only_where_another_can_serve() {
+    let root = tempfile::tempdir().unwrap();
+    let directory = root.path();
+    let file = written(
+        directory,
+        &format!(
+            "[node]\nname = \"alpha\"\nstate_dir = {:?}\ncontrol_socket = {:?}\nmetrics = \"off\"\nlink_listen = [\"127.0.0.1:0\"]\n\
+             [[service]]\nname = \"db\"\nid = \"5e51ce00000000000000000000000001\"\nslot = 0\n\
+             [[service.volume]]\nname = \"data\"\nbacking = {:?}\nsize = \"16MiB\"\n\
+             [[service.peer]]\nnode = \"000000000000000000000000000000be\"\nslot = 1\naddresses = []\n",
+            directory.join("state"),
+            directory.join("control.sock"),
+            directory.join("data.img"),
+        ),
+    );
+    let run = |words: &[&str]| holdfast(&[words, &["--config", &file]].concat());
+    for words in [&["init"][..], &["volume", "create", "db"]] {
+        let done = run(words);
+        assert!(done.status.success(), "{}", text(&done));
+    }
+    let replicator = Command::new(env!("CARGO_BIN_EXE_holdfast"))
+        .args(["replicator", "--config", &file])
+        .stdin(Stdio::null())
+        .stderr(Stdio::null())
+        .spawn();
+    let mut replicator = Running(replicator.unwrap());
+    let start = Instant::now();
+    while !run(&["status"]).status.success() {
+        assert!(
+            start.elapsed() < Duration::from_secs(20),
+            "it does not start"
+        );
+        std::thread::sleep(Duration::from_millis(20));
+    }
+    // Neither as a secondary nor as a primary alone.
+    let refused = run(&["volume", "detach-disk", "db"]);
+    assert_eq!(refused.status.code(), Some(1));
+    assert!(
+        plain(&refused).contains("only a primary"),
+        "{}",
+        text(&refused)
+    );
+    let promoted = run(&["promote", "db", "--force", "--yes"]);
+    assert!(promoted.status.success(), "{}", text(&promoted));
+    let refused = run(&["volume", "detach-disk", "db"]);
+    assert_eq!(refused.status.code(), Some(1));
+    for part in [
+        "no other copy",
+        "Nothing was changed",
+        "the disk stays in use",
+    ] {
+        assert!(plain(&refused).contains(part), "{part}: {}", text(&refused));
+    }
+    let detached = run(&["detach"]);
+    assert!(detached.status.success(), "{}", text(&detached));
+    assert!(plain(&run(&["status"])).contains("is detached on this node"));
+    assert!(replicator.0.try_wait().unwrap().is_none(), "it runs on");
+    // Its disk is free for the tools again.
+    let removed = run(&["volume", "remove", "db", "data", "--yes"]);
+    assert!(removed.status.success(), "{}", text(&removed));
 }

@@ -151,6 +151,50 @@ async fn a_volume_of_another_name_at_the_same_place_is_refused_and_both_names_ar
     listens.stop().await;
 }
 
+#[tokio::test]
+async fn volumes_of_one_size_in_another_order_are_not_mirrored_to_each_other() {
+    let root = tempfile::tempdir().unwrap();
+    let settings = Settings::default();
+    let [mut listens, mut dials] = two_nodes(root.path());
+    let second = |node: &TestNode| {
+        let part = node.config_text(&settings, None);
+        let from = part.find("[[service.volume]]").unwrap();
+        let to = part.find("[[service.peer]]").unwrap();
+        part[from..to]
+            .replace("\"data\"", "\"logs\"")
+            .replace("data.img", "logs.img")
+    };
+    let ordered = |node: &TestNode, address, logs_first: bool| {
+        let text = node.config_text(&settings, address);
+        let place = if logs_first {
+            "[[service.volume]]"
+        } else {
+            "[[service.peer]]"
+        };
+        text.replacen(place, &format!("{}{place}", second(node)), 1)
+    };
+    for (node, logs_first) in [(&listens, false), (&dials, true)] {
+        let text = ordered(node, None, logs_first);
+        let config = Config::parse(&text, &node.config_file()).unwrap();
+        create(&config, "db", &CreateOptions::default()).unwrap();
+    }
+    let text = ordered(&listens, None, false);
+    let address = start(&mut listens, &text).await;
+    let text = ordered(&dials, Some(address), true);
+    start(&mut dials, &text).await;
+    for node in [&listens, &dials] {
+        let report = node
+            .until("the link is off", |s| s.peers[0].link == LinkName::Off)
+            .await;
+        says(
+            &report.peers[0].handshake,
+            &["\"data\"", "\"logs\"", "same order"],
+        );
+    }
+    dials.stop().await;
+    listens.stop().await;
+}
+
 /// Gives a node a new identity, valid as said, that its peer pinned; the other's stays. Which of the two dials may change.
 fn renewed(node: &mut TestNode, other: &TestNode, validity: Validity) {
     let old = Identity::load(&node.state()).unwrap();
