@@ -4,6 +4,7 @@
 mod world;
 
 use holdfast_replicator_core::api::*;
+use holdfast_wire_format::ids::{Slot, VolumeIndex};
 use holdfast_wire_format::metadata::*;
 use world::resync::*;
 use world::*;
@@ -83,14 +84,66 @@ fn d12_a_rollback_cut_at_any_step_is_done_again() {
     assert!(cuts > 60, "{cuts} rollbacks were cut");
 }
 
-/// The source comes back after half a rollback: what was put back is marked durably (D7), so it is filled again.
+/// The same as `left_alone`, and what came by then is flushed: the source has cleared its bits for it (D8), so that after a
+/// rollback only the target's own bits name those blocks.
+fn left_alone_flushed(seed: u64, steps: usize) -> Option<World> {
+    let (mut w, _) = behind(seed, UNDO, |_| ());
+    resync_for(&mut w, steps);
+    w.command(SOURCE, Command::PauseResync)
+        .unwrap_or_else(|e| panic!("{e}"));
+    w.until("the source lets go", 40_000, |w| {
+        let core = w.nodes[SOURCE].core.as_ref().expect("it runs");
+        let resync = core.status(w.now).peers[0].resync;
+        resync.is_none_or(|r| r.done_bytes > 0 && w.wires.values().all(|wire| wire.is_empty()))
+            && w.nodes.iter().all(|n| n.pending.is_empty())
+    });
+    cut(&mut w);
+    (state(&w, TARGET) == CopyState::Inconsistent).then_some(w)
+}
+
+/// Blocks that the target put back and that only its own bits name.
+fn named_by_the_target_alone(w: &World) -> usize {
+    let marked = |n: usize, other: usize, volume: usize, block: usize| {
+        let core = w.nodes[n].core.as_ref().expect("it runs");
+        let (slot, volume) = (Slot(other as u8), VolumeIndex(volume as u16));
+        core.marked(slot, volume, block as u64 * BLOCK, BLOCK)
+    };
+    let mut alone = 0;
+    for volume in 0..2 {
+        let [a, b] = [SOURCE, TARGET].map(|n| w.nodes[n].disk.data[volume].chunks(BLOCK as usize));
+        for (block, (a, b)) in a.zip(b).enumerate() {
+            alone += usize::from(a != b && !marked(SOURCE, TARGET, volume, block));
+        }
+    }
+    alone
+}
+
+/// Nothing was hot at the target: its bits from the undo log are all that names what was put back (D7).
+#[test]
+fn d7_what_was_put_back_is_marked() {
+    let mut alone = 0;
+    for round in 0..8 {
+        // Of these seeds the target was cut off and never killed.
+        let Some(mut w) = left_alone_flushed(round * 3, 90 + round as usize * 20) else {
+            continue;
+        };
+        force(&mut w);
+        known(&w, &format!("round {round}"));
+        alone += named_by_the_target_alone(&w);
+        old_primary_returns(&mut w);
+    }
+    assert!(alone > 20, "{alone} blocks were named by the target alone");
+}
+
+/// The source comes back after half a rollback, or after a whole one: what was put back is marked durably (D7), also where
+/// the source has let go of it, so it is filled again.
 #[test]
 fn d7_a_source_that_returns_after_half_a_rollback_fills_it_again() {
     let mut filled = 0;
     for power in [false, true] {
-        for steps in (0..).step_by(4) {
+        for steps in (0..).step_by(2) {
             let seed = steps as u64 % 3;
-            let (mut w, _) = left_alone(seed, UNDO, 190, |_| ()).expect("it is in the middle");
+            let mut w = left_alone_flushed(seed, 150).expect("it is in the middle");
             if rolling_back(&mut w, steps) {
                 break;
             }
@@ -101,6 +154,8 @@ fn d7_a_source_that_returns_after_half_a_rollback_fills_it_again() {
             }
             known(&w, &format!("power {power}, step {steps}"));
             w.cut.clear();
+            w.command(SOURCE, Command::ResumeResync)
+                .unwrap_or_else(|e| panic!("{e}"));
             load(&mut w, SOURCE, 5);
             in_sync_again(&mut w);
             filled += 1;

@@ -6,6 +6,7 @@ mod lag;
 mod memory;
 mod process;
 mod reload;
+mod resync_rate;
 mod support;
 mod surplus;
 mod two_nodes;
