@@ -576,7 +576,10 @@ impl Core {
             || self
                 .peer_index(slot)
                 .is_some_and(|at| self.peers[at].member_here);
-        member && owner_known
+        // Both left: this copy was superseded, and the one that superseded it gave way to it. There is nobody else who could.
+        let both_left =
+            self.sb.in_sync.without(slot).is_empty() && (owner == slot.0 || owner == self.slot.0);
+        (member || both_left) && owner_known
     }
 
     /// From here on every completion needs this copy's acknowledgement; when what was issued before has it
