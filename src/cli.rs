@@ -372,10 +372,15 @@ pub enum SplitBrain {
         yes: bool,
     },
     /// List what this node's copy wrote alone and gave up, as it was saved before it was overwritten
-    Saved { service: String },
+    Saved {
+        /// Name of the service in the configuration
+        service: String,
+    },
     /// Write saved blocks into a file or device, each at its own offset in the volume
     Export {
+        /// Name of the service in the configuration
         service: String,
+        /// Name of its volume
         volume: String,
         /// Name of the save, as `split-brain saved` lists it
         #[arg(long, value_name = "NAME")]
