@@ -432,7 +432,7 @@ async fn run_session<H: LinkHandler>(
     if shared.down.get() {
         return;
     }
-    let session = Session::new(shared.next_session(), peer, service);
+    let session = Session::new(shared.next_session(), peer, service, send);
     shared
         .sessions
         .borrow_mut()
@@ -446,7 +446,7 @@ async fn run_session<H: LinkHandler>(
             path: path.to_owned(),
         },
     );
-    let ending = session::run(&session, &*context.handler, send, recv).await;
+    let ending = session::run(&session, &*context.handler, recv).await;
     shared.session_ended(session.id);
     let session::Ending {
         code,

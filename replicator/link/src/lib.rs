@@ -9,6 +9,7 @@ mod backoff;
 mod connection;
 mod control;
 mod dial;
+mod drive;
 mod error;
 mod files;
 mod identity;

@@ -20,7 +20,7 @@ use holdfast_wire_format::frame_codec::encode_header;
 use holdfast_wire_format::ids::Uuid;
 use quinn::{Endpoint, TransportConfig};
 use std::cell::{Cell, RefCell};
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
 use std::rc::Rc;
 use std::sync::Arc;
@@ -56,12 +56,14 @@ pub(crate) struct Shared {
     /// Endpoints for dialing only, by local address.
     dialing: RefCell<HashMap<IpAddr, Endpoint>>,
     peers: RefCell<HashMap<Uuid, Rc<PeerLink>>>,
-    pub sessions: RefCell<HashMap<SessionId, Rc<Session>>>,
+    pub sessions: RefCell<BTreeMap<SessionId, Rc<Session>>>,
     /// Counts ended sessions and connections: whoever waits for an end watches it.
     pub ended: watch::Sender<u64>,
     pub connections: Cell<usize>,
     last_session: Cell<SessionId>,
     pub down: Cell<bool>,
+    /// Frames wait for [`Link::flush`].
+    unflushed: Cell<bool>,
     new_peers: mpsc::UnboundedSender<Rc<PeerLink>>,
 }
 
@@ -274,6 +276,7 @@ impl Link {
             connections: Cell::new(0),
             last_session: Cell::new(0),
             down: Cell::new(false),
+            unflushed: Cell::new(false),
             new_peers,
         });
         let context = Context {
@@ -361,6 +364,31 @@ impl Link {
         header: &FrameHeader,
         payload: Payload,
     ) -> Result<(), SendError> {
+        self.queue_on(session, header, payload, Session::wake)
+    }
+
+    /// As [`Self::send`], but it is sent by the next [`Self::flush`], which the caller has to call in the same turn of the thread.
+    ///
+    /// # Errors
+    /// As [`Self::send`].
+    pub fn queue(
+        &self,
+        session: SessionId,
+        header: &FrameHeader,
+        payload: Payload,
+    ) -> Result<(), SendError> {
+        self.queue_on(session, header, payload, |_| {
+            self.shared.unflushed.set(true)
+        })
+    }
+
+    fn queue_on(
+        &self,
+        session: SessionId,
+        header: &FrameHeader,
+        payload: Payload,
+        then: impl FnOnce(&Session),
+    ) -> Result<(), SendError> {
         let length = payload.len();
         if header.payload_length as usize != length {
             return Err(SendError::Length {
@@ -374,7 +402,26 @@ impl Link {
             .filter(|session| session.is_open())
             .ok_or(SendError::Closed)?;
         session.push(&encode_header(header), payload);
+        then(session);
         Ok(())
+    }
+
+    /// Sends what was queued by [`Self::queue`], at once as far as QUIC and the socket have room, else as soon as they have. `drained` gets what a
+    /// [`LinkEvent::Drained`] says: peer, service, session and bytes that left its queue here.
+    pub fn flush(&self, mut drained: impl FnMut(Uuid, Uuid, SessionId, usize)) {
+        if !self.shared.unflushed.replace(false) {
+            return;
+        }
+        crate::drive::at_once(|| {
+            for session in self.shared.sessions.borrow().values() {
+                if session.queued_bytes() > 0 {
+                    let bytes = session.flush();
+                    if bytes > 0 {
+                        drained(session.peer, session.service, session.id, bytes);
+                    }
+                }
+            }
+        });
     }
 
     /// Bytes queued on a session that QUIC has not taken yet; 0 if it is over.

@@ -6,14 +6,12 @@ use crate::receive::Receiver;
 use bytes::Bytes;
 use holdfast_wire_format::frame::GoodbyeCode;
 use holdfast_wire_format::ids::Uuid;
-use quinn::{
-    ConnectionError, ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError, Written,
-};
+use quinn::{ConnectionError, ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, pending, poll_fn};
 use std::pin::{Pin, pin};
 use std::rc::Rc;
-use std::task::{Poll, Waker};
+use std::task::{Context, Poll, Waker};
 use std::time::Duration;
 use tokio::time::{Instant, timeout, timeout_at};
 
@@ -31,9 +29,19 @@ pub(crate) struct Session {
     pub peer: Uuid,
     pub service: Uuid,
     queue: RefCell<SendQueue>,
+    out: RefCell<Out>,
+    /// Wakes the task that writes, while it waits.
     sender: Cell<Option<Waker>>,
     closing: RefCell<Option<(GoodbyeCode, String)>>,
     over: Cell<bool>,
+}
+
+/// The sending half of a stream.
+struct Out {
+    stream: SendStream,
+    /// Taken from the queue; from `next` on QUIC has not taken it.
+    batch: Vec<Bytes>,
+    next: usize,
 }
 
 /// How a session ended.
@@ -44,12 +52,17 @@ pub(crate) struct Ending {
 }
 
 impl Session {
-    pub fn new(id: SessionId, peer: Uuid, service: Uuid) -> Rc<Self> {
+    pub fn new(id: SessionId, peer: Uuid, service: Uuid, stream: SendStream) -> Rc<Self> {
         Rc::new(Session {
             id,
             peer,
             service,
             queue: RefCell::default(),
+            out: RefCell::new(Out {
+                stream,
+                batch: Vec::new(),
+                next: 0,
+            }),
             sender: Cell::new(None),
             closing: RefCell::new(None),
             over: Cell::new(false),
@@ -65,9 +78,23 @@ impl Session {
         !self.over.get() && self.closing.borrow().is_none()
     }
 
+    /// Queues a frame; [`Self::flush`] or [`Self::wake`] has to follow.
     pub fn push(&self, header: &[u8], payload: crate::api::Payload) {
         self.queue.borrow_mut().push(header, payload);
-        self.wake();
+    }
+
+    /// Hands what is queued to QUIC as far as there is room; its task does the rest. Bytes handed over.
+    pub fn flush(&self) -> usize {
+        // Without the waker the task has its turn before it waits again, and looks into the queue then.
+        let Some(waker) = self.sender.take() else {
+            return 0;
+        };
+        let (bytes, state) = self.poll_out(&mut Context::from_waker(&waker));
+        match state {
+            Poll::Ready(Err(_)) => waker.wake(),
+            Poll::Ready(Ok(())) | Poll::Pending => self.sender.set(Some(waker)),
+        }
+        bytes
     }
 
     /// Ends the session after what is queued was sent; the first reason counts.
@@ -76,30 +103,88 @@ impl Session {
         self.wake();
     }
 
-    fn wake(&self) {
+    /// The task looks into the queue.
+    pub fn wake(&self) {
         if let Some(waker) = self.sender.take() {
             waker.wake();
         }
+    }
+
+    /// The peer wants nothing more on this stream, or has everything.
+    fn stopped(&self) -> impl Future<Output = Result<Option<VarInt>, StoppedError>> + use<> {
+        self.out.borrow().stream.stopped()
+    }
+
+    /// Whatever is left of this direction is not sent.
+    fn reset(&self, code: GoodbyeCode) {
+        // It may have ended already.
+        let _ = self.out.borrow_mut().stream.reset(code_to(code));
     }
 
     fn closing(&self) -> bool {
         self.closing.borrow().is_some()
     }
 
-    /// Waits until there is something to send (true) or the session closes with nothing left to send (false).
-    async fn work(&self) -> bool {
-        poll_fn(|cx| {
-            if !self.queue.borrow().is_empty() {
-                return Poll::Ready(true);
+    /// Hands everything queued to QUIC. How many bytes that were this time, and whether it is everything; what fails once fails the next time too.
+    fn poll_out(&self, cx: &mut Context<'_>) -> (usize, Poll<Result<(), WriteError>>) {
+        let mut out = self.out.borrow_mut();
+        let Out {
+            stream,
+            batch,
+            next,
+        } = &mut *out;
+        let mut bytes = 0;
+        loop {
+            if *next == batch.len() {
+                batch.clear();
+                *next = 0;
+                let mut queue = self.queue.borrow_mut();
+                if queue.is_empty() {
+                    return (bytes, Poll::Ready(Ok(())));
+                }
+                queue.take_batch(batch);
             }
-            if self.closing() {
-                return Poll::Ready(false);
+            match pin!(stream.write_chunks(&mut batch[*next..])).poll(cx) {
+                Poll::Ready(Ok(written)) => {
+                    *next += written.chunks;
+                    self.queue.borrow_mut().accepted(written.bytes);
+                    bytes += written.bytes;
+                }
+                Poll::Ready(Err(error)) => return (bytes, Poll::Ready(Err(error))),
+                Poll::Pending => return (bytes, Poll::Pending),
+            }
+        }
+    }
+
+    /// Waits until something was handed to QUIC, or nothing more will be; once the session closes, with `patience` only that QUIC takes something.
+    async fn next_out(&self, patience: bool) -> Step {
+        poll_fn(|cx| {
+            let (bytes, state) = self.poll_out(cx);
+            if bytes > 0 {
+                return Poll::Ready(Step::Out(bytes));
+            }
+            match state {
+                Poll::Ready(Err(error)) => return Poll::Ready(Step::Failed(error)),
+                Poll::Ready(Ok(())) if self.closing() => return Poll::Ready(Step::Drained),
+                Poll::Pending if self.closing() && !patience => return Poll::Ready(Step::Stuck),
+                _ => {}
             }
             self.sender.set(Some(cx.waker().clone()));
             Poll::Pending
         })
         .await
     }
+}
+
+/// What became of the queue.
+enum Step {
+    /// QUIC took so many bytes.
+    Out(usize),
+    /// The session closes, and QUIC has everything.
+    Drained,
+    /// The session closes, and QUIC has no room.
+    Stuck,
+    Failed(WriteError),
 }
 
 enum End {
@@ -115,13 +200,12 @@ enum End {
 pub(crate) async fn run<H: LinkHandler>(
     session: &Session,
     handler: &H,
-    mut send: SendStream,
     mut recv: RecvStream,
 ) -> Ending {
-    let stopped = send.stopped();
+    let stopped = session.stopped();
     let end = {
         let reading = read(session, handler, &mut recv);
-        let writing = write(session, handler, &mut send);
+        let writing = write(session, handler);
         // Reading first: what its frames cause to be queued is then sent in the same turn.
         tokio::select! {
             biased;
@@ -140,10 +224,10 @@ pub(crate) async fn run<H: LinkHandler>(
     let local = session.closing.borrow_mut().take();
     match (end, local) {
         (End::Drained, Some((code, reason))) => {
-            let _ = send.finish();
+            let _ = session.out.borrow_mut().stream.finish();
             let _ = recv.stop(code_to(code));
             // Whoever waits for the end of the session may close the connection then, and that would overtake the last words.
-            let _ = timeout(CLOSING, send.stopped()).await;
+            let _ = timeout(CLOSING, session.stopped()).await;
             Ending {
                 code: Some(code),
                 by_peer: false,
@@ -152,7 +236,7 @@ pub(crate) async fn run<H: LinkHandler>(
         }
         (End::Closed | End::Drained, local) => {
             let (code, reason) = local.unwrap_or((GoodbyeCode::Disconnect, String::new()));
-            let _ = send.reset(code_to(code));
+            session.reset(code);
             let _ = recv.stop(code_to(code));
             Ending {
                 code: Some(code),
@@ -162,7 +246,7 @@ pub(crate) async fn run<H: LinkHandler>(
         }
         (End::Bad(what), _) => {
             tracing::warn!(peer = %session.peer, service = %session.service, "bad frame: {what}");
-            let _ = send.reset(code_to(GoodbyeCode::BadFrame));
+            session.reset(GoodbyeCode::BadFrame);
             let _ = recv.stop(code_to(GoodbyeCode::BadFrame));
             let reason = format!("closed: a bad frame arrived and was not delivered: {what}");
             Ending {
@@ -171,21 +255,21 @@ pub(crate) async fn run<H: LinkHandler>(
                 reason,
             }
         }
-        (End::PeerCode(code), _) => peer_closed(&mut send, code_from(code.into_inner())),
+        (End::PeerCode(code), _) => peer_closed(session, code_from(code.into_inner())),
         (End::PeerFinished, _) => {
             // Its reason travels beside the end of the stream.
-            let code = match timeout(CLOSING, send.stopped()).await {
+            let code = match timeout(CLOSING, session.stopped()).await {
                 Ok(Ok(Some(code))) => code_from(code.into_inner()),
                 _ => None,
             };
-            peer_closed(&mut send, code)
+            peer_closed(session, code)
         }
         (End::Lost(e), _) => lost(&e),
     }
 }
 
-fn peer_closed(send: &mut SendStream, code: Option<GoodbyeCode>) -> Ending {
-    let _ = send.reset(code_to(GoodbyeCode::Disconnect));
+fn peer_closed(session: &Session, code: Option<GoodbyeCode>) -> Ending {
+    session.reset(GoodbyeCode::Disconnect);
     let reason = match code {
         Some(code) => format!("closed by the peer: {}", words(code)),
         None => "closed by the peer".into(),
@@ -335,61 +419,33 @@ async fn feed<H: LinkHandler>(
     Ok(())
 }
 
-async fn write<H: LinkHandler>(session: &Session, handler: &H, send: &mut SendStream) -> End {
-    let mut batch = Vec::new();
+async fn write<H: LinkHandler>(session: &Session, handler: &H) -> End {
     let mut deadline = None;
-    while session.work().await {
-        session.queue.borrow_mut().take_batch(&mut batch);
-        let mut left = &mut batch[..];
-        let mut drained = 0;
-        while !left.is_empty() {
-            let written = match write_some(session, send, left, &mut deadline).await {
-                Some(Ok(written)) => written,
-                Some(Err(WriteError::Stopped(code))) => return End::PeerCode(code),
-                Some(Err(WriteError::ConnectionLost(e))) => return End::Lost(e),
-                Some(Err(e)) => return End::Bad(e.to_string()),
-                None => return End::Closed,
-            };
-            left = &mut left[written.chunks..];
-            session.queue.borrow_mut().accepted(written.bytes);
-            drained += written.bytes;
-        }
-        batch.clear();
-        let (peer, service, session) = (session.peer, session.service, session.id);
-        handler.on_event(LinkEvent::Drained {
-            peer,
-            service,
-            session,
-            bytes: drained,
-        });
-        handler.on_batch_end();
-    }
-    End::Drained
-}
-
-/// Writes as much as QUIC takes. Once the session closes, a peer that takes nothing is given until `deadline`; then `None`.
-async fn write_some(
-    session: &Session,
-    send: &mut SendStream,
-    left: &mut [Bytes],
-    deadline: &mut Option<Instant>,
-) -> Option<Result<Written, WriteError>> {
-    let mut write = pin!(send.write_chunks(left));
-    if deadline.is_none() {
-        let until_closing = poll_fn(|cx| {
-            if let Poll::Ready(written) = write.as_mut().poll(cx) {
-                return Poll::Ready(Some(written));
+    loop {
+        let step = match deadline {
+            None => session.next_out(false).await,
+            // A peer that takes nothing is not waited for any longer.
+            Some(deadline) => match timeout_at(deadline, session.next_out(true)).await {
+                Ok(step) => step,
+                Err(_) => return End::Closed,
+            },
+        };
+        match step {
+            Step::Out(bytes) => {
+                let (peer, service, session) = (session.peer, session.service, session.id);
+                handler.on_event(LinkEvent::Drained {
+                    peer,
+                    service,
+                    session,
+                    bytes,
+                });
+                handler.on_batch_end();
             }
-            if session.closing() {
-                return Poll::Ready(None);
-            }
-            session.sender.set(Some(cx.waker().clone()));
-            Poll::Pending
-        });
-        if let Some(written) = until_closing.await {
-            return Some(written);
+            Step::Drained => return End::Drained,
+            Step::Stuck => deadline = Some(Instant::now() + CLOSING),
+            Step::Failed(WriteError::Stopped(code)) => return End::PeerCode(code),
+            Step::Failed(WriteError::ConnectionLost(e)) => return End::Lost(e),
+            Step::Failed(e) => return End::Bad(e.to_string()),
         }
     }
-    let deadline = *deadline.get_or_insert_with(|| Instant::now() + CLOSING);
-    timeout_at(deadline, write).await.ok()
 }

@@ -1,9 +1,12 @@
 //! UDP sockets under QUIC: large buffers, segmented sends that stay within what one send may carry, few wake-ups.
 
-use quinn::udp::{RecvMeta, Transmit, UdpSocketState};
+use quinn::udp::{EcnCodepoint, RecvMeta, Transmit, UdpSocketState};
 use quinn::{AsyncTimer, AsyncUdpSocket, Runtime, TokioRuntime, UdpPoller};
+use rustix::io::Errno;
+use rustix::net::{SendFlags, sendto};
 use std::io::{self, IoSliceMut};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr, UdpSocket};
+use std::os::fd::AsRawFd;
 use std::pin::Pin;
 use std::sync::Arc;
 use std::sync::atomic::{AtomicBool, AtomicU32, AtomicUsize, Ordering};
@@ -25,6 +28,8 @@ const MAX_RECEIVE: usize = 65_507;
 const RECEIVE_AT_ONCE: usize = 512 << 10;
 /// Sends without a segment of that size after which it does not count any more.
 const FORGET_SEGMENT_AFTER: u32 = 64;
+/// Packets, or rows of them that the kernel joined, that are received at once while no more than that come: room for each costs time.
+const FEW: usize = 2;
 /// Socket buffers in bytes, each direction: what a 4 MiB connection window can put in flight.
 const SOCKET_BUFFER: usize = 4 << 20;
 
@@ -89,7 +94,13 @@ pub(crate) fn route_payload(local: Option<IpAddr>, remote: SocketAddr) -> io::Re
 /// Hands the socket to the runtime of this thread. `payload`: most bytes of one packet that the endpoint takes.
 pub(crate) fn wrap(socket: UdpSocket, payload: u16) -> io::Result<Arc<dyn AsyncUdpSocket>> {
     let options = UdpSocketState::new((&socket).into())?;
+    let local = socket.local_addr()?;
+    if !local.ip().is_unspecified() {
+        // Whoever listens on one address need not be told with each packet which one it came to, nor say which one to send from.
+        without_destinations(&socket, local)?;
+    }
     Ok(Arc::new(Socket {
+        marks: marked(&socket, local),
         receive_segments: receive_segments_for(payload.into()).min(options.gro_segments()),
         options,
         // Readable alone: the network takes every packet off the socket's buffer, and each would wake this thread once more to say
@@ -99,7 +110,38 @@ pub(crate) fn wrap(socket: UdpSocket, payload: u16) -> io::Result<Arc<dyn AsyncU
         largest_segment: AtomicUsize::new(0),
         smaller: AtomicU32::new(0),
         receive_at_once: AtomicUsize::new(usize::MAX),
+        many: AtomicBool::new(false),
     }))
+}
+
+/// Packets come without the address they were sent to.
+fn without_destinations(socket: &UdpSocket, local: SocketAddr) -> io::Result<()> {
+    let (level, name) = match local {
+        SocketAddr::V4(_) => (libc::IPPROTO_IP, libc::IP_PKTINFO),
+        SocketAddr::V6(_) => (libc::IPPROTO_IPV6, libc::IPV6_RECVPKTINFO),
+    };
+    let off: libc::c_int = 0;
+    // SAFETY: the value is an int that lives through the call, and its size is given.
+    let failed = unsafe {
+        libc::setsockopt(
+            socket.as_raw_fd(),
+            level,
+            name,
+            (&raw const off).cast(),
+            size_of_val(&off) as libc::socklen_t,
+        )
+    };
+    match failed {
+        0 => Ok(()),
+        _ => Err(io::Error::last_os_error()),
+    }
+}
+
+/// Has every packet say that this sender understands marks of congestion, so that it need not be said with each. False: it must.
+fn marked(socket: &UdpSocket, local: SocketAddr) -> bool {
+    let ect0 = EcnCodepoint::Ect0 as u8;
+    let v4 = rustix::net::sockopt::set_ip_tos(socket, ect0).is_ok();
+    v4 && (local.is_ipv4() || rustix::net::sockopt::set_ipv6_tclass(socket, ect0.into()).is_ok())
 }
 
 /// Watches a socket in the runtime of this thread.
@@ -119,7 +161,7 @@ impl Runtime for OneThread {
     }
 
     fn spawn(&self, future: Pin<Box<dyn Future<Output = ()> + Send>>) {
-        tokio::task::spawn_local(future);
+        tokio::task::spawn_local(crate::drive::stand_in(future));
     }
 
     fn wrap_udp_socket(&self, socket: UdpSocket) -> io::Result<Arc<dyn AsyncUdpSocket>> {
@@ -136,6 +178,8 @@ impl Runtime for OneThread {
 #[derive(Debug)]
 struct Socket {
     options: UdpSocketState,
+    /// What is sent without a word about marks of congestion says that they are understood.
+    marks: bool,
     receive_segments: usize,
     io: AsyncFd<UdpSocket>,
     /// The last send found no room.
@@ -146,6 +190,8 @@ struct Socket {
     smaller: AtomicU32,
     /// Packets (joined by the kernel, where it can) that make about [`RECEIVE_AT_ONCE`], if they are like the last ones.
     receive_at_once: AtomicUsize,
+    /// The last receive brought as many packets as it had room for.
+    many: AtomicBool,
 }
 
 fn segments_for(segment: usize) -> usize {
@@ -174,13 +220,44 @@ impl Socket {
     }
 
     fn send(&self, transmit: &Transmit<'_>) -> io::Result<()> {
-        let sent = self.options.send(self.io.get_ref().into(), transmit);
+        let sent = if self.is_plain(transmit) {
+            self.send_plain(transmit)
+        } else {
+            self.options.send(self.io.get_ref().into(), transmit)
+        };
         if let Err(error) = &sent
             && error.kind() == io::ErrorKind::WouldBlock
         {
             self.full.store(true, Ordering::Relaxed);
         }
         sent
+    }
+}
+
+impl Socket {
+    /// There is nothing to say about the packet but where it goes.
+    fn is_plain(&self, transmit: &Transmit<'_>) -> bool {
+        self.marks
+            && transmit.ecn == Some(EcnCodepoint::Ect0)
+            && transmit.segment_size.is_none()
+            && transmit.src_ip.is_none()
+    }
+
+    fn send_plain(&self, transmit: &Transmit<'_>) -> io::Result<()> {
+        let sent = sendto(
+            self.io.get_ref(),
+            transmit.contents,
+            SendFlags::empty(),
+            &transmit.destination,
+        );
+        match sent {
+            Ok(_) => Ok(()),
+            Err(Errno::WOULDBLOCK) => Err(io::ErrorKind::WouldBlock.into()),
+            // A packet of a size that is only tried.
+            Err(Errno::MSGSIZE) => Ok(()),
+            // Says in the log what is wrong.
+            Err(_) => self.options.send(self.io.get_ref().into(), transmit),
+        }
     }
 }
 
@@ -222,10 +299,19 @@ impl AsyncUdpSocket for Socket {
         let (bufs, meta) = (&mut bufs[..most], &mut meta[..most]);
         loop {
             let mut guard = ready!(self.io.poll_read_ready(cx))?;
-            match self.options.recv(self.io.get_ref().into(), bufs, meta) {
+            let mut room = most;
+            if !self.many.load(Ordering::Relaxed) {
+                room = room.min(FEW);
+            }
+            match self.options.recv(
+                self.io.get_ref().into(),
+                &mut bufs[..room],
+                &mut meta[..room],
+            ) {
                 Ok(count) => {
+                    self.many.store(count == room, Ordering::Relaxed);
                     // It took all there was. What comes from now on is a new edge, so asking again would tell nothing.
-                    if count < most {
+                    if count < room {
                         guard.clear_ready();
                     }
                     let bytes: usize = meta[..count].iter().map(|meta| meta.len).sum();
@@ -357,6 +443,46 @@ mod tests {
         assert!(small.len() < 10, "{small:?}");
     }
 
+    /// One packet as QUIC gets it.
+    async fn received(by: &Arc<dyn AsyncUdpSocket>) -> (Vec<u8>, RecvMeta) {
+        let mut memory = vec![[0; 2048]; 4];
+        let mut bufs: Vec<_> = memory.iter_mut().map(|m| IoSliceMut::new(m)).collect();
+        let mut meta = [RecvMeta::default(); 4];
+        let got = std::future::poll_fn(|cx| by.poll_recv(cx, &mut bufs, &mut meta));
+        let got = tokio::time::timeout(std::time::Duration::from_secs(5), got).await;
+        assert_eq!(got.expect("a packet waits in the socket").unwrap(), 1);
+        (memory[0][..meta[0].len].to_vec(), meta[0])
+    }
+
+    /// Marks of congestion are announced as QUIC says, on the short way and on the long one; where a packet was sent to is told only to whom
+    /// it may not know.
+    #[tokio::test(flavor = "current_thread")]
+    async fn marks_and_destinations_are_as_quic_expects() {
+        use std::net::Ipv4Addr;
+        let socket = |ip: IpAddr| wrap(bind((ip, 0).into()).unwrap(), 1472).unwrap();
+        let ours = socket(Ipv4Addr::LOCALHOST.into());
+        let one = socket(Ipv4Addr::LOCALHOST.into());
+        let any = socket(Ipv4Addr::UNSPECIFIED.into());
+        for (to, told) in [(&one, None), (&any, Some(Ipv4Addr::LOCALHOST.into()))] {
+            let destination = (Ipv4Addr::LOCALHOST, to.local_addr().unwrap().port()).into();
+            for ecn in [Some(EcnCodepoint::Ect0), None, Some(EcnCodepoint::Ect0)] {
+                let transmit = Transmit {
+                    destination,
+                    ecn,
+                    contents: &[6; 900],
+                    segment_size: None,
+                    src_ip: None,
+                };
+                ours.try_send(&transmit).unwrap();
+                let (bytes, meta) = received(to).await;
+                assert_eq!(bytes, [6; 900]);
+                assert_eq!(meta.ecn, ecn);
+                assert_eq!(meta.dst_ip, told);
+                assert_eq!(meta.addr, ours.local_addr().unwrap());
+            }
+        }
+    }
+
     /// A socket whose buffer is full says so, and is written again once there is room; nobody watches it otherwise.
     #[tokio::test(flavor = "current_thread")]
     async fn a_full_socket_waits_for_room() {
@@ -378,6 +504,8 @@ mod tests {
                 largest_segment: AtomicUsize::new(0),
                 smaller: AtomicU32::new(0),
                 receive_at_once: AtomicUsize::new(usize::MAX),
+                marks: false,
+                many: AtomicBool::new(false),
             }),
             waiting: None,
         };

@@ -333,6 +333,73 @@ fn what_left_the_queue_is_reported() {
     });
 }
 
+/// What `flush` sends is on its way when it returns, and is told at once; what a stream has no room for is sent and told later, in order.
+#[test]
+fn what_is_flushed_leaves_at_once_and_the_rest_follows() {
+    run(async {
+        let (a, b) = pair();
+        let (at_a, _) = connect(&a, &b, SERVICE).await;
+        let small = header(FrameKind::Heartbeat, SERVICE, 0, &[]);
+        a.link().queue(at_a, &small, Payload::None).unwrap();
+        assert_eq!(a.link().queued_bytes(at_a), 112, "not before the flush");
+        let mut told = Vec::new();
+        a.link()
+            .flush(|_, _, session, bytes| told.push((session, bytes)));
+        assert_eq!(told, [(at_a, 112)]);
+        assert_eq!(a.link().queued_bytes(at_a), 0);
+        assert_eq!(b.frame().await.1, small);
+
+        // More than the send window holds.
+        let payload = bytes(1 << 20, 4);
+        for position in 0..20 {
+            let header = header(FrameKind::Write, SERVICE, position, &payload);
+            let payload = Payload::Local(Box::new(payload.clone()));
+            a.link().queue(at_a, &header, payload).unwrap();
+        }
+        let total = 20 * (payload.len() + 112);
+        let mut drained = 0;
+        a.link().flush(|_, _, _, bytes| drained += bytes);
+        assert!((1..total).contains(&drained), "{drained} of {total}");
+        // A second one finds nothing to do, and takes nothing twice.
+        a.link().flush(|_, _, _, bytes| drained += bytes);
+        for position in 0..20 {
+            let (_, header, got) = b.frame().await;
+            assert_eq!(header.position, position);
+            assert!(got == payload);
+        }
+        while drained < total {
+            drained += a
+                .wait(|event| match event {
+                    LinkEvent::Drained { session, bytes, .. } if *session == at_a => Some(*bytes),
+                    _ => None,
+                })
+                .await;
+        }
+        assert_eq!((drained, a.link().queued_bytes(at_a)), (total, 0));
+    });
+}
+
+/// A peer that takes nothing holds up the end of a session for a second, flushed or not.
+#[test]
+fn a_session_that_cannot_send_closes_all_the_same() {
+    run(async {
+        let (a, b) = pair();
+        let (at_a, _) = connect(&a, &b, SERVICE).await;
+        b.handler.memory.forget_permits(1 << 20);
+        let payload = bytes(1 << 20, 5);
+        for position in 0..20 {
+            let header = header(FrameKind::Write, SERVICE, position, &payload);
+            let payload = Payload::Local(Box::new(payload.clone()));
+            a.link().queue(at_a, &header, payload).unwrap();
+        }
+        a.link().flush(|_, _, _, _| {});
+        assert!(a.link().queued_bytes(at_a) > 0);
+        a.link().close(at_a, GoodbyeCode::Again, "enough");
+        let end = tokio::time::timeout(HANG, a.down(at_a)).await;
+        assert!(end.expect("it ends").contains("enough"));
+    });
+}
+
 #[test]
 fn shutdown_says_goodbye() {
     run(async {

@@ -136,15 +136,19 @@ impl Shard {
             return;
         };
         let mut any = false;
+        let mut around = Surroundings {
+            ring: &self.ring,
+            link: &self.link,
+            memory: &self.memory,
+            log: &self.log,
+            surplus: &self.surplus,
+            now: self.now(),
+        };
         for round in 0u32.. {
-            let around = Surroundings {
-                ring: &self.ring,
-                link: &self.link,
-                memory: &self.memory,
-                log: &self.log,
-                surplus: &self.surplus,
-                now: self.now(),
-            };
+            // A few rounds take some microseconds.
+            if round > 0 && round % ROUNDS == 0 {
+                around.now = self.now();
+            }
             self.take_in(&mut services, &around);
             let mut worked = false;
             for service in services.iter_mut() {
@@ -154,18 +158,20 @@ impl Shard {
                 }
             }
             any |= worked;
+            // Before the local disk has its turn: the way to the peer and back is the longer one.
+            let mut more = self.link.flush();
             // What these events caused may have finished or come in meanwhile; but who waits for an acknowledgement
             // gathered here does not wait for a quiet moment.
             if worked && round % ROUNDS != ROUNDS - 1 {
                 continue;
             }
-            let mut more = false;
             for service in services.iter_mut() {
                 more |= service.end_batch(&around);
                 if let Some(reason) = &service.halted {
                     halt(&self.log, service, reason);
                 }
             }
+            more |= self.link.flush();
             more |= self.ring.flush_submissions();
             if !worked && !more {
                 break;

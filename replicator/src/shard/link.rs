@@ -18,12 +18,12 @@ use holdfast_wire_format::frame::{Body, FrameHeader, GoodbyeCode};
 use holdfast_wire_format::frame_codec::{FrameError, decode_body, encode_body};
 use holdfast_wire_format::ids::{Slot, Uuid};
 use std::cell::{OnceCell, RefCell};
-use std::collections::{HashMap, HashSet, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, HashMap, VecDeque};
 use std::ops::Range;
 use std::rc::{Rc, Weak};
 
 /// One peer of one service, as the link names it.
-#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
 pub(super) struct PeerRef {
     pub node: Uuid,
     pub service: Uuid,
@@ -77,11 +77,11 @@ struct Inbox {
     log: EventLog,
     failures: Failures,
     names: Names,
-    routes: RefCell<HashMap<PeerRef, Route>>,
-    budgets: RefCell<HashMap<Uuid, Rc<Budget>>>,
+    routes: RefCell<BTreeMap<PeerRef, Route>>,
+    budgets: RefCell<BTreeMap<Uuid, Rc<Budget>>>,
     events: RefCell<VecDeque<LinkEvent<ReceiveBuf>>>,
     /// Sessions in which a frame could not be read: what follows it in them is not looked at.
-    bad: RefCell<HashSet<u64>>,
+    bad: RefCell<BTreeSet<u64>>,
 }
 
 /// The handler the link calls.
@@ -252,7 +252,7 @@ impl LinkPort {
     }
 
     fn queue(&self, session: SessionId, header: &FrameHeader, payload: Payload) {
-        match self.link.send(session.0, header, payload) {
+        match self.link.queue(session.0, header, payload) {
             // Its end is reported by an event of its own.
             Ok(()) | Err(holdfast_link::SendError::Closed) => {}
             Err(error) => {
@@ -261,6 +261,25 @@ impl LinkPort {
                     .close(session.0, GoodbyeCode::Defect, "a frame could not be built");
             }
         }
+    }
+
+    /// Sends what the services queued. True: the cores have to hear what left the queues.
+    #[must_use]
+    pub fn flush(&self) -> bool {
+        let mut any = false;
+        self.link.flush(|peer, service, session, bytes| {
+            any = true;
+            self.inbox
+                .events
+                .borrow_mut()
+                .push_back(LinkEvent::Drained {
+                    peer,
+                    service,
+                    session,
+                    bytes,
+                });
+        });
+        any
     }
 
     pub fn connect(&self, peer: PeerRef) -> Result<(), LinkError> {
