@@ -286,8 +286,8 @@ impl Core {
         if !self.tuning.activity_log || length == 0 {
             return true;
         }
-        let extents: Vec<ExtentKey> = self.extents(volume, offset, length).collect();
-        if !extents.iter().all(|e| self.log.is_hot(*e)) {
+        let extents = self.extents(volume, offset, length);
+        if !extents.clone().all(|extent| self.log.is_hot(extent)) {
             return false;
         }
         for extent in extents {

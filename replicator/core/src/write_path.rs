@@ -360,7 +360,7 @@ impl Core {
         volume: VolumeIndex,
         offset: u64,
         length: u64,
-    ) -> impl Iterator<Item = ExtentKey> + use<> {
+    ) -> impl Iterator<Item = ExtentKey> + Clone + use<> {
         let shift = self.sb.extent_shift;
         let first = offset >> shift;
         let last = (offset + length - 1) >> shift;

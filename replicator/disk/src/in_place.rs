@@ -7,7 +7,7 @@
 
 use crate::job::{Step, Verb};
 use rustix::fs::fstatfs;
-use rustix::io::{Errno, ReadWriteFlags, pread, pwritev2};
+use rustix::io::{Errno, ReadWriteFlags, pread, pwrite, pwritev2};
 use std::fs::File;
 use std::io::IoSlice;
 
@@ -46,13 +46,18 @@ pub(crate) unsafe fn run(file: &File, step: &Step, ptr: *mut u8) -> i32 {
             step.offset,
         ),
         Verb::Write { dsync } => {
-            let flags = match dsync {
-                true => ReadWriteFlags::DSYNC,
-                false => ReadWriteFlags::empty(),
-            };
             // SAFETY: the caller's promise.
-            let bytes = IoSlice::new(unsafe { std::slice::from_raw_parts(ptr, len) });
-            pwritev2(file, &[bytes], step.offset, flags)
+            let bytes = unsafe { std::slice::from_raw_parts(ptr, len) };
+            if dsync {
+                pwritev2(
+                    file,
+                    &[IoSlice::new(bytes)],
+                    step.offset,
+                    ReadWriteFlags::DSYNC,
+                )
+            } else {
+                pwrite(file, bytes, step.offset)
+            }
         }
         Verb::Sync => rustix::fs::fdatasync(file).map(|()| 0),
         Verb::Punch | Verb::ZeroRange => Err(Errno::NOSYS),

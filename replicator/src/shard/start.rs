@@ -102,7 +102,13 @@ pub(crate) async fn start(
                 Ok(runtime) => runtime,
                 Err(error) => return drop(ready.send(Err(StartError::Thread(error)))),
             };
-            LocalSet::new().block_on(&runtime, serve(setup, ready));
+            // As one of the tasks: the runtime's own is looked at with each event.
+            let serving = async { tokio::task::spawn_local(serve(setup, ready)).await };
+            if let Err(error) = LocalSet::new().block_on(&runtime, serving)
+                && error.is_panic()
+            {
+                std::panic::resume_unwind(error.into_panic());
+            }
         })
         .map_err(StartError::Thread)?;
     let addresses = started.await.map_err(|_| StartError::Died)??;

@@ -202,12 +202,15 @@ impl<S: AsyncRead + AsyncWrite + Unpin, V: Volume> Transmission<S, V> {
             if self.session.is_finished() && !self.unflushed {
                 return Poll::Ready(Ok(self.end()));
             }
+            // What was sent makes room for a request that a limit holds back, and changes nothing else.
+            let room = self.moves != before && self.session.is_held_back();
+            let before = self.moves;
             match self.receive(cx) {
                 Ok(true) => {}
                 Ok(false) => return Poll::Ready(Ok(End::Gone)),
                 Err(error) => return Poll::Ready(gone(error)),
             }
-            if self.moves != before {
+            if room || self.moves != before {
                 continue;
             }
             if self.timer.as_mut().poll(cx).is_pending() {

@@ -148,10 +148,11 @@ impl<V: Volume> Session<V> {
     /// Where the next received bytes go; `None` while no more may be received (a limit, no memory, the end).
     pub fn read_target(&mut self) -> Option<&mut [u8]> {
         let mut window = self.window;
+        let held_back = self.is_held_back();
         match &mut self.receiving {
             Receiving::Stopped | Receiving::Unbuffered { .. } => return None,
             // A complete header waits here: a limit holds it back.
-            Receiving::Header if self.end - self.start >= REQUEST_BYTES => return None,
+            Receiving::Header if held_back => return None,
             Receiving::Payload { buffer, filled, .. } => {
                 debug_assert!(self.start == self.end, "payload left in the receive buffer");
                 let rest = &mut buffer.as_mut_slice()[*filled..];
@@ -272,6 +273,11 @@ impl<V: Volume> Session<V> {
     /// Answers that wait for the client to take them.
     pub fn unsent_answers(&self) -> usize {
         self.outbox.len()
+    }
+
+    /// A request is here whole and waits for room.
+    pub fn is_held_back(&self) -> bool {
+        matches!(self.receiving, Receiving::Header) && self.end - self.start >= REQUEST_BYTES
     }
 
     /// Payload bytes of unanswered requests and unsent answers.
