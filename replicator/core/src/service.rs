@@ -314,7 +314,8 @@ impl Core {
             return None;
         }
         let linked = self.peers.iter().any(|p| p.session.is_some());
-        let busy = !self.window.is_empty();
+        // A promotion waits for a time too: for a copy that is about to meet again, and does not.
+        let busy = !self.window.is_empty() || self.promotion_wanted.is_some();
         let usual = self.now.after_ms(self.tuning.heartbeat_ms.min(100));
         let resync = self.resync_rate.ready_at().unwrap_or(usual).min(usual);
         (linked || busy).then_some(resync)
