@@ -9,7 +9,8 @@ use holdfast_wire_format::metadata::CopyState;
 impl World {
     /// After every batch of a core.
     pub(crate) fn look(&mut self, node: usize) {
-        if !self.rng.chance(self.plan.look_per_mille) {
+        let now = std::mem::take(&mut self.nodes[node].look_now);
+        if !self.rng.chance(self.plan.look_per_mille) && !now {
             return;
         }
         for other in 0..self.nodes.len() {
@@ -39,7 +40,12 @@ impl World {
             return;
         };
         self.coverage.count("D7 checked at", &format!("{row:?}"));
-        if !by_marks {
+        // D9: two that stand established, one of them primary, have settled that nothing else differs.
+        let established = self.both_up(a, b)
+            && (pa.role == Role::Primary) != (pb.role == Role::Primary)
+            && self.relation(a, b) == "established"
+            && self.relation(b, a) == "established";
+        if !by_marks && !established {
             return;
         }
         self.coverage.count("checks", "D7");
@@ -80,6 +86,163 @@ impl World {
                 }
                 // The rest of this block has the same answer.
                 sector = (sector / 8 + 1) * 8;
+            }
+        }
+    }
+
+    /// D11: only a copy that holds one point in time begins to serve, and unforced only one that may have everything.
+    pub(crate) fn may_serve(&mut self, node: usize, forced: bool) -> Result<(), String> {
+        let n = &self.nodes[node];
+        let state = n.secondary_state;
+        let fit = match state {
+            CopyState::UpToDate | CopyState::Complete => true,
+            CopyState::Consistent | CopyState::Blank => forced,
+            CopyState::Inconsistent => forced && n.rolled_back,
+            CopyState::Outdated | CopyState::Failed => false,
+        };
+        self.coverage.count("checks", "D11");
+        if fit {
+            return Ok(());
+        }
+        Err(format!(
+            "D11: node {node} was {state:?} and was promoted {} force",
+            if forced { "by" } else { "without" }
+        ))
+    }
+
+    /// Whether what the oracle knows of this copy's disk says anything: nobody took it away, and it did not fail.
+    fn disk_counts(&self, node: usize, since: u64) -> bool {
+        let n = &self.nodes[node];
+        !n.restored && !n.broken_disk && !n.failed_once && self.oracle.keeps(node, since)
+    }
+
+    /// D1, D2: a write was acknowledged. Every copy that had to have it has it, FUA durably.
+    pub(crate) fn held_where_it_must(
+        &mut self,
+        primary: usize,
+        set: SlotSet,
+        write: crate::oracle::WriteId,
+    ) {
+        let Some(core) = &self.nodes[primary].core else {
+            return;
+        };
+        let probe = core.probe();
+        if probe.role != Role::Primary && probe.role != Role::Demoting {
+            return;
+        }
+        let diskless = probe.failed;
+        for node in 0..self.nodes.len() {
+            if !set.contains(Slot(node as u8)) || (diskless && node == primary) {
+                continue;
+            }
+            let fua = self.oracle.is_fua(write) || diskless;
+            // In semi-sync mode the peer may have it in memory alone.
+            let in_memory = node != primary && !self.waits_for_disk(node) && !diskless;
+            if in_memory || !self.disk_counts(node, self.oracle.invoked(write)) {
+                continue;
+            }
+            self.coverage.count("checks", "D1");
+            let result = self.oracle.held(write, node, fua, |v| {
+                let disk = &self.nodes[node].disk;
+                if fua { disk.durable(v) } else { disk.view(v) }
+            });
+            if let Err(what) = result {
+                return self.fail(format!("D1: acknowledged at node {primary}, {what}"));
+            }
+        }
+        self.generation_known(primary);
+    }
+
+    fn waits_for_disk(&self, node: usize) -> bool {
+        self.plan.modes[node] == holdfast_wire_format::metadata::Mode::Sync
+    }
+
+    /// D2: a flush was answered. Everything acknowledged before it was asked for, on any volume, is durable on every
+    /// member of S (in semi-sync mode: on the primary).
+    pub(crate) fn flushed_where_it_must(&mut self, primary: usize, set: SlotSet, invoked: u64) {
+        let Some(core) = &self.nodes[primary].core else {
+            return;
+        };
+        let diskless = core.probe().failed;
+        for node in 0..self.nodes.len() {
+            if !set.contains(Slot(node as u8)) || (diskless && node == primary) {
+                continue;
+            }
+            if node != primary && !self.waits_for_disk(node) && !diskless {
+                continue;
+            }
+            self.coverage.count("checks", "D2");
+            for write in self.oracle.recent(primary, invoked) {
+                if !self.disk_counts(node, self.oracle.invoked(write)) {
+                    continue;
+                }
+                let disk = &self.nodes[node].disk;
+                let result = self.oracle.held(write, node, true, |v| disk.durable(v));
+                if let Err(what) = result {
+                    return self.fail(format!(
+                        "D2: a flush was answered at node {primary}, {what}"
+                    ));
+                }
+            }
+        }
+    }
+
+    /// A copy joined S: it holds every write that was acknowledged, and what was flushed durably (D1, D2).
+    pub(crate) fn joined_s(&mut self, primary: usize, node: usize) {
+        if self.nodes[primary].role != Role::Primary {
+            return;
+        }
+        self.coverage.count("checks", "joins S");
+        for write in self.oracle.recent(primary, u64::MAX) {
+            if !self.disk_counts(node, self.oracle.invoked(write)) {
+                continue;
+            }
+            let durable = self.oracle.is_flushed(write);
+            let disk = &self.nodes[node].disk;
+            let result = self.oracle.held(write, node, durable, |v| {
+                if durable {
+                    disk.durable(v)
+                } else {
+                    disk.view(v)
+                }
+            });
+            if let Err(what) = result {
+                return self.fail(format!("node {node} joined S of node {primary}, {what}"));
+            }
+        }
+    }
+
+    /// D10: nothing completes in a generation that a connected follower does not hold durably.
+    fn generation_known(&mut self, primary: usize) {
+        let Some(core) = &self.nodes[primary].core else {
+            return;
+        };
+        let probe = core.probe();
+        let n = &mut self.nodes[primary];
+        if n.generation_checks.0 != probe.generation.0 {
+            n.generation_checks = (probe.generation.0, 0);
+        }
+        n.generation_checks.1 += 1;
+        if n.generation_checks.1 > 20 || probe.failed {
+            return;
+        }
+        for node in 0..self.nodes.len() {
+            if node == primary
+                || !self.both_up(primary, node)
+                || self.relation(primary, node) != "established"
+                || self.relation(node, primary) != "established"
+            {
+                continue;
+            }
+            self.coverage.count("checks", "D10");
+            let durable = self.nodes[node].disk.superblock();
+            let holds = durable
+                .is_some_and(|(_, sb)| sb.generations.iter().any(|g| g.id == probe.generation));
+            if !holds {
+                return self.fail(format!(
+                    "D10: node {primary} completes a write in generation {}, which node {node} follows and does not hold durably",
+                    probe.generation
+                ));
             }
         }
     }

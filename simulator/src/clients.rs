@@ -287,11 +287,19 @@ impl World {
             What::Write(id) => {
                 let result = self.oracle.write_ended(now, id, ok, set);
                 self.check(result);
+                if ok {
+                    self.held_where_it_must(node, set, id);
+                } else {
+                    self.ask_again(open.client, id);
+                }
             }
             What::Locked { write, .. } => {
                 if let Some(id) = write {
                     let result = self.oracle.write_ended(now, id, ok, set);
                     self.check(result);
+                    if ok {
+                        self.held_where_it_must(node, set, id);
+                    }
                     let life = self.nodes[node].life;
                     self.after(
                         500,
@@ -321,6 +329,7 @@ impl World {
             What::Flush => {
                 if ok {
                     self.oracle.flush_ended(node, open.invoked, now);
+                    self.flushed_where_it_must(node, set, open.invoked);
                 }
             }
         }
@@ -336,6 +345,76 @@ impl World {
         }
     }
 
+    /// Some clients send what was not answered, or answered with an error, once more.
+    fn ask_again(&mut self, client: usize, write: WriteId) {
+        if self.rng.chance(300) {
+            let delay = self.rng.below(300 * MS);
+            self.after(delay, Happening::Again { client, write });
+        }
+    }
+
+    pub(crate) fn client_again(&mut self, client: usize, old: WriteId) {
+        if self.clients.stopped {
+            return;
+        }
+        let primary = (0..self.nodes.len())
+            .rev()
+            .find(|n| self.nodes[*n].core.is_some() && self.nodes[*n].role == Role::Primary);
+        let Some(node) = primary else {
+            return self.after(50 * MS, Happening::Again { client, write: old });
+        };
+        let now = self.now;
+        let (volume, first, count, zero, fua) = self.oracle.asked(old);
+        let (id, stamp) = self.oracle.write_again(now, node, old);
+        let request = RequestId(self.clients.next_request);
+        self.clients.next_request += 1;
+        let (vol, offset) = (VolumeIndex(volume as u16), first * SECTOR);
+        let length = (count * SECTOR) as u32;
+        let event = if zero {
+            Event::Zero {
+                request,
+                volume: vol,
+                offset,
+                length: u64::from(length),
+                unmap: true,
+                fua,
+            }
+        } else {
+            let buf = self.client_buf(node, count, stamp);
+            Event::Write {
+                request,
+                volume: vol,
+                offset,
+                length,
+                buf,
+                fua,
+                crc: 0,
+            }
+        };
+        self.coverage.requests += 1;
+        self.coverage.count("faults", "request sent again");
+        let tenure = self.oracle.tenure_of(node);
+        let what = What::Write(id);
+        self.clients.requests.insert(
+            request.0,
+            Request {
+                client,
+                node,
+                tenure,
+                invoked: now,
+                what,
+            },
+        );
+        self.clients.clients[client].in_flight += 1;
+        self.log(|| {
+            format!(
+                "client {client} at node {node}, again: {}",
+                describe(request, what, &event)
+            )
+        });
+        self.event(node, event);
+    }
+
     /// A process is gone: its clients never hear how their requests ended.
     pub(crate) fn clients_lost(&mut self, node: usize) {
         let lost: Vec<u64> = self
@@ -348,6 +427,9 @@ impl World {
         for id in lost {
             if let Some(request) = self.clients.requests.remove(&id) {
                 self.client_free(request.client);
+                if let What::Write(write) = request.what {
+                    self.ask_again(request.client, write);
+                }
             }
         }
     }

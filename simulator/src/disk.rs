@@ -5,6 +5,8 @@
 use crate::rng::Rng;
 use holdfast_replicator_core::api::{BufId, DiskError, MetaSource};
 use holdfast_wire_format::ids::VolumeIndex;
+use holdfast_wire_format::metadata::Superblock;
+use holdfast_wire_format::superblock;
 use std::collections::BTreeMap;
 
 /// Bytes of a sector.
@@ -99,6 +101,76 @@ impl Disk {
         self.volumes.iter().map(|v| v.cache.clone()).collect()
     }
 
+    /// What a power cut leaves of a volume at the least.
+    #[must_use]
+    pub fn durable(&self, volume: usize) -> &[u64] {
+        &self.volumes[volume].durable
+    }
+
+    /// What a copy of the whole device reads now.
+    #[must_use]
+    pub fn image(&self) -> Disk {
+        let mut image = self.clone();
+        for volume in &mut image.volumes {
+            volume.durable.clone_from(&volume.cache);
+            volume.volatile.clear();
+        }
+        image
+    }
+
+    /// Blocks of 4 KiB of metadata that were ever written, from `from` to `to`, by volume and offset.
+    #[must_use]
+    pub fn meta_blocks(&self, volume: u16, from: u64, to: u64) -> Vec<(u16, u64)> {
+        let mut blocks: Vec<(u16, u64)> = self
+            .meta
+            .range((volume, from)..(volume, to))
+            .map(|((volume, offset), _)| (*volume, offset / 4096 * 4096))
+            .collect();
+        blocks.dedup();
+        blocks
+    }
+
+    /// One bit of a block changes.
+    pub fn flip(&mut self, block: (u16, u64), rng: &mut Rng) {
+        let (volume, offset) = block;
+        let at = (volume, offset + rng.below(8) * SECTOR);
+        match self.meta.get_mut(&at) {
+            Some(MetaSector::Bytes(bytes)) => {
+                bytes[rng.index(SECTOR as usize)] ^= 1 << rng.below(8);
+            }
+            Some(MetaSector::Stamp(stamp)) => *stamp ^= 1 << rng.below(20),
+            None => {}
+        }
+    }
+
+    /// A block of metadata stands in the place of another as well.
+    pub fn misdirect(&mut self, from: (u16, u64), to: (u16, u64)) {
+        for i in 0..8 {
+            match self.meta.get(&(from.0, from.1 + i * SECTOR)).cloned() {
+                Some(sector) => self.meta.insert((to.0, to.1 + i * SECTOR), sector),
+                None => self.meta.remove(&(to.0, to.1 + i * SECTOR)),
+            };
+        }
+    }
+
+    /// A block of metadata as it reads now.
+    #[must_use]
+    pub fn meta_block(&self, volume: u16, offset: u64) -> [u8; 4096] {
+        let mut bytes = [0; 4096];
+        // (Reading what is in memory cannot fail.)
+        let _ = MetaSource::read(&mut &*self, VolumeIndex(volume), offset, &mut bytes);
+        bytes
+    }
+
+    /// The newest superblock on the medium.
+    #[must_use]
+    pub fn superblock(&self) -> Option<(u64, Superblock)> {
+        [0, 4096]
+            .into_iter()
+            .filter_map(|at| Some((at, superblock::decode(&self.meta_block(0, at)).ok()?)))
+            .max_by_key(|(_, sb)| sb.sequence)
+    }
+
     /// Fills every sector with values that no write of the run has: an unknown disk.
     pub fn scribble(&mut self, value: u64) {
         for volume in &mut self.volumes {
@@ -182,8 +254,9 @@ impl Disk {
         }
     }
 
-    /// Any part of the operation lands, sector by sector: power went, or the disk failed under it.
-    pub fn land_partly(&mut self, op: &DiskOp, rng: &mut Rng) {
+    /// Any part of the operation lands, sector by sector: power went, or the disk failed under it. Whether a block of
+    /// metadata was torn.
+    pub fn land_partly(&mut self, op: &DiskOp, rng: &mut Rng) -> bool {
         match op {
             DiskOp::Write {
                 volume,
@@ -205,15 +278,19 @@ impl Disk {
             } => {
                 // 0: nothing, 1: all, else torn.
                 let how = rng.below(4);
+                let mut landed = 0;
                 for (i, sector) in sectors.iter().enumerate() {
                     if how == 1 || (how > 1 && rng.chance(500)) {
+                        landed += 1;
                         self.meta
                             .insert((*volume, offset + i as u64 * SECTOR), sector.clone());
                     }
                 }
+                return landed > 0 && landed < sectors.len();
             }
             _ => {}
         }
+        false
     }
 
     /// The cache is gone: every sector not flushed holds the medium's value or any later one. Returns how

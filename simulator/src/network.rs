@@ -15,7 +15,12 @@ pub(crate) struct Frame {
     pub header: FrameHeader,
     pub body: Body,
     pub data: Option<Stamps>,
+    /// Comes a second time: its sender knows nothing of it.
+    pub again: bool,
 }
+
+/// Frames of data kept for a defective sender that repeats one.
+const HISTORY: usize = 40;
 
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum End {
@@ -35,6 +40,8 @@ struct Connection {
     /// Toward that end, in order, with arrival times.
     queue: [Backlog<(u64, Frame)>; 2],
     last_arrival: [u64; 2],
+    /// The newest frames of data toward that end.
+    history: [Backlog<Frame>; 2],
     /// Nothing more is sent; each end hears of it when what is left was delivered.
     broken: bool,
     /// Since when a direction is cut.
@@ -51,6 +58,8 @@ pub(crate) struct Network {
     pub cut: Vec<Vec<u32>>,
     /// Pairs with a slow line.
     pub slow: Vec<bool>,
+    /// What was on its way over connections that ended: by the end it would have come to, its life then, the session.
+    late: Vec<(usize, usize, u64, SessionId, Frame)>,
     rng: Rng,
 }
 
@@ -69,6 +78,7 @@ impl Network {
             connections: BTreeMap::new(),
             next: 1,
             cut: vec![vec![0; copies]; copies],
+            late: Vec::new(),
             rng,
         }
     }
@@ -145,6 +155,7 @@ impl World {
                 session: [SessionId(id * 2), SessionId(id * 2 + 1)],
                 queue: [Backlog::new(), Backlog::new()],
                 last_arrival: [0; 2],
+                history: [Backlog::new(), Backlog::new()],
                 broken: false,
                 silent_since: None,
             },
@@ -184,6 +195,7 @@ impl World {
                 path: "simulated".into(),
             },
         );
+        self.late_frames(node, peer.0 as usize);
         // Frames may have arrived before the process heard of the connection.
         self.after(
             0,
@@ -211,8 +223,64 @@ impl World {
         let to = 1 - from;
         let at = (now + delay).max(c.last_arrival[to]);
         c.last_arrival[to] = at;
+        if matches!(
+            frame.header.kind,
+            FrameKind::Write | FrameKind::Zero | FrameKind::ResyncData | FrameKind::ResyncZero
+        ) {
+            if c.history[to].len() == HISTORY {
+                c.history[to].pop_front();
+            }
+            c.history[to].push_back(frame.clone());
+        }
         c.queue[to].push_back((at, frame));
         self.at(at, Happening::Deliver { connection: id, to });
+    }
+
+    /// Frames of a connection that is over come to a process that has a new one: the shell had them in hand.
+    fn late_frames(&mut self, node: usize, peer: usize) {
+        let life = self.nodes[node].life;
+        let all = std::mem::take(&mut self.network.late);
+        let (mine, others) = all
+            .into_iter()
+            .partition(|l: &(usize, usize, u64, SessionId, Frame)| l.0 == node && l.1 == peer);
+        self.network.late = others;
+        let mine: Vec<_> = mine;
+        for (_, _, then, session, frame) in mine {
+            if then == life && self.network.rng.chance(500) {
+                self.coverage.count("faults", "frame of an old connection");
+                self.arrived(node, peer, session, frame);
+            }
+        }
+    }
+
+    /// A defective sender repeats one of its frames of data (D14).
+    pub(crate) fn replay(&mut self, from: usize, to: usize) {
+        let pair = self.network.pair_of(from, to);
+        let Some(id) = self.network.current[pair] else {
+            return;
+        };
+        let now = self.now;
+        let Some(c) = self.network.connections.get_mut(&id) else {
+            return;
+        };
+        let end = usize::from(c.nodes[1] == to);
+        if c.broken || c.history[end].is_empty() {
+            return;
+        }
+        let mut frame = c.history[end][self.network.rng.index(c.history[end].len())].clone();
+        frame.again = true;
+        let at = now.max(c.last_arrival[end]);
+        c.last_arrival[end] = at;
+        c.queue[end].push_back((at, frame));
+        self.coverage.count("faults", "frame repeated");
+        self.log(|| format!("link: {from} repeats a frame to {to}"));
+        self.at(
+            at,
+            Happening::Deliver {
+                connection: id,
+                to: end,
+            },
+        );
     }
 
     pub(crate) fn deliver(&mut self, id: u64, to: usize) {
@@ -246,7 +314,7 @@ impl World {
                 return self.break_connection(id, true, "a frame was damaged on the way");
             }
             let bytes = u64::from(frame.header.length);
-            let is_data = frame.data.is_some();
+            let is_data = frame.data.is_some() && !frame.again;
             if self.trace_all {
                 let h = &frame.header;
                 let text = format!(
@@ -305,6 +373,7 @@ impl World {
                 header,
                 body,
                 data: None,
+                again: false,
             };
             c.queue[1 - from].push_back((at, frame));
             self.at(
@@ -333,12 +402,20 @@ impl World {
         for end in 0..2 {
             let other = c.nodes[1 - end];
             let cut = self.network.cut[other][c.nodes[end]] > 0;
-            if cut {
-                c.queue[end].clear();
-            } else if !keep_all {
-                let keep = self.network.rng.below(c.queue[end].len() as u64 + 1);
-                c.queue[end].truncate(keep as usize);
-            }
+            let keep = if cut {
+                0
+            } else if keep_all {
+                c.queue[end].len()
+            } else {
+                self.network.rng.below(c.queue[end].len() as u64 + 1) as usize
+            };
+            let lost = c.queue[end].split_off(keep);
+            let (node, life, session) = (c.nodes[end], c.lives[end], c.session[end]);
+            self.network.late.retain(|l| l.0 != node || l.1 != other);
+            let late = lost.into_iter().take(6);
+            self.network
+                .late
+                .extend(late.map(|(_, frame)| (node, other, life, session, frame)));
         }
         let ends = c.ends;
         let arrivals = c.last_arrival;
@@ -367,6 +444,13 @@ impl World {
                 },
             );
         }
+    }
+
+    /// Both ends of a live connection have heard of it.
+    pub(crate) fn both_up(&self, a: usize, b: usize) -> bool {
+        let id = self.network.current[self.network.pair_of(a, b)];
+        id.and_then(|id| self.network.connections.get(&id))
+            .is_some_and(|c| c.ends == [End::Up; 2] && !c.broken)
     }
 
     pub(crate) fn break_pair(&mut self, a: usize, b: usize) {

@@ -1,7 +1,7 @@
 //! Faults and orders of the plan, the failover manager, and the people who put things right in the end.
 
 use crate::disk::Disk;
-use crate::plan::{FaultKind, MS};
+use crate::plan::{FaultKind, MS, Strike, TRIGGERS};
 use crate::world::{Happening, World};
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::ids::*;
@@ -33,6 +33,20 @@ impl World {
             return;
         }
         let kind = self.plan.faults[at].kind;
+        // Nobody starts an old disk again and again before it was seen by the others.
+        if let FaultKind::Kill { node, .. }
+        | FaultKind::Power { node, .. }
+        | FaultKind::Detach { node, .. }
+        | FaultKind::Rot { node, .. }
+        | FaultKind::BlankDisk { node, .. }
+        | FaultKind::DiskError { node, .. } = kind
+            && self.nodes[node].restored
+        {
+            return;
+        }
+        if matches!(kind, FaultKind::Blackout { .. }) && self.nodes.iter().any(|n| n.restored) {
+            return;
+        }
         self.coverage.faults += 1;
         self.coverage.count("faults", kind.name());
         self.log(|| format!("fault {at}: {kind:?}"));
@@ -131,6 +145,163 @@ impl World {
                     },
                 );
             }
+            FaultKind::Ambush { .. } => self.waiting.push(at),
+            FaultKind::Backup { node } => {
+                if !self.nodes[node].restored && !self.nodes[node].broken_disk {
+                    let image = self.nodes[node].disk.image();
+                    self.nodes[node].backup = Some((image, self.nodes[node].incarnation));
+                }
+            }
+            FaultKind::OldDisk { node, down_ms } => self.old_disk(node, down_ms),
+            FaultKind::Rot { node, down_ms, rot } => {
+                if self.nodes[node].core.is_some() {
+                    self.kill(node);
+                    self.nodes[node].rot = Some(rot);
+                    self.restart(node, down_ms * MS);
+                }
+            }
+            FaultKind::Replay { from, to } => self.replay(from, to),
+        }
+    }
+
+    /// The image of a disk that was kept takes its place. Only where every other copy has seen a later start of that
+    /// disk: nothing else tells an old disk from one that lost power.
+    fn old_disk(&mut self, node: usize, down_ms: u64) {
+        let n = &self.nodes[node];
+        let seen = (0..self.nodes.len()).all(|m| {
+            m == node || (n.met.contains(Slot(m as u8)) && self.now > n.met_at + 500 * MS)
+        });
+        let later = n
+            .backup
+            .as_ref()
+            .is_some_and(|(_, start)| start + 2 <= n.incarnation);
+        if !seen || !later || n.restored || n.core.is_none() || !self.may_lose_disk(node) {
+            return;
+        }
+        self.log(|| format!("node {node}: comes back with an old image of its disk"));
+        self.end_process(node);
+        let n = &mut self.nodes[node];
+        n.disk_life += 1;
+        n.pending.clear();
+        n.hung = false;
+        n.fail_next = 0;
+        if let Some((image, _)) = n.backup.take() {
+            n.disk = image;
+        }
+        n.restored = true;
+        n.last_state = (255, 255);
+        self.oracle.given_up(self.now, node);
+        self.coverage.count("faults", "old disk came back");
+        self.restart(node, down_ms * MS);
+    }
+
+    // --- ambushes ---
+
+    /// A copy came to a point that an ambush may wait for.
+    pub(crate) fn ambushes(&mut self, node: usize, what: &str) {
+        let found = self.waiting.iter().position(|fault| {
+            matches!(self.plan.faults[*fault].kind,
+                FaultKind::Ambush { node: n, on, .. } if n == node && TRIGGERS[on] == what)
+        });
+        let Some(found) = found else { return };
+        let fault = self.waiting.remove(found);
+        if let FaultKind::Ambush { delay_us, .. } = self.plan.faults[fault].kind {
+            self.after(
+                delay_us * 1000,
+                Happening::Strike {
+                    fault,
+                    later: false,
+                },
+            );
+        }
+    }
+
+    pub(crate) fn strike(&mut self, at: usize, later: bool) {
+        let FaultKind::Ambush {
+            node,
+            on,
+            strike,
+            ms,
+            ..
+        } = self.plan.faults[at].kind
+        else {
+            return;
+        };
+        if self.faults_over || self.nodes.iter().any(|n| n.restored) {
+            return;
+        }
+        if later {
+            return self.order(node, "force", Command::Promote { force: true });
+        }
+        self.log(|| format!("ambush {at} at {}: {strike:?} node {node}", TRIGGERS[on]));
+        self.coverage.count("ambushes", TRIGGERS[on]);
+        self.coverage.count("strikes", &format!("{strike:?}"));
+        let others: Vec<usize> = (0..self.nodes.len()).filter(|n| *n != node).collect();
+        match strike {
+            Strike::Kill => {
+                if self.nodes[node].core.is_some() {
+                    self.kill(node);
+                    self.restart(node, ms * MS);
+                }
+            }
+            Strike::Power => self.power(node, ms),
+            Strike::AloneAfterBlackout => {
+                self.power(node, 10);
+                for other in others {
+                    self.power(other, ms + 1500);
+                }
+            }
+            Strike::OthersAfterBlackout => {
+                self.power(node, ms + 1500);
+                for other in others {
+                    self.power(other, 10);
+                }
+            }
+            Strike::KillOthers => {
+                for other in others {
+                    if self.nodes[other].core.is_some() {
+                        self.kill(other);
+                        self.restart(other, ms * MS);
+                    }
+                }
+            }
+            Strike::PowerOthers => {
+                for other in others {
+                    self.power(other, ms);
+                }
+            }
+            Strike::ForcedAlone => {
+                for other in others {
+                    self.power(other, ms + 3000);
+                }
+                self.after(
+                    1500 * MS,
+                    Happening::Strike {
+                        fault: at,
+                        later: true,
+                    },
+                );
+            }
+            Strike::CutOff => {
+                for other in others {
+                    self.network.cut[node][other] += 1;
+                    self.network.cut[other][node] += 1;
+                }
+                self.after(ms * MS, Happening::FaultOver(at));
+            }
+            Strike::Freeze => {
+                self.freeze(node);
+                self.after(ms * MS, Happening::FaultOver(at));
+            }
+            Strike::DiskError => {
+                self.nodes[node].fail_next += 1;
+                self.after(3000 * MS, Happening::FaultOver(at));
+            }
+            Strike::Demote => self.order(node, "demote", Command::Demote),
+            Strike::PromoteOther => {
+                let other = others[self.rng.index(others.len())];
+                self.order(other, "promote", Command::Promote { force: false });
+            }
         }
     }
 
@@ -164,6 +335,23 @@ impl World {
                 self.order(node, "resume", Command::ResumeResync);
             }
             FaultKind::SuspendIo { node, .. } => self.order(node, "resume-io", Command::ResumeIo),
+            FaultKind::Ambush { node, strike, .. } => match strike {
+                Strike::CutOff => {
+                    for other in (0..self.nodes.len()).filter(|n| *n != node) {
+                        self.network.cut[node][other] -= 1;
+                        self.network.cut[other][node] -= 1;
+                    }
+                    for other in (0..self.nodes.len()).filter(|n| *n != node) {
+                        self.cut_over(node, other);
+                    }
+                }
+                Strike::Freeze => self.thaw(node),
+                Strike::DiskError => {
+                    self.nodes[node].fail_next = 0;
+                    self.mend_disk(node);
+                }
+                _ => {}
+            },
             FaultKind::Detach { node, .. } if self.nodes[node].core.is_none() => {
                 self.restart(node, 0);
             }
@@ -292,6 +480,7 @@ impl World {
     pub(crate) fn end_faults(&mut self) {
         self.log(|| "faults stop".into());
         self.faults_over = true;
+        self.waiting.clear();
         self.operators.faults_over_at = self.now;
         self.plan.tuning.undo_full_pauses = false;
         for row in &mut self.network.cut {
@@ -507,6 +696,27 @@ impl World {
         if matches!(notice.kind, "established" | "resync-target") {
             self.nodes[node].restored = false;
         }
+        if matches!(
+            notice.kind,
+            "established" | "resync-target" | "resync-source"
+        ) && let Some(peer) = notice.peer
+        {
+            self.nodes[node].met = self.nodes[node].met.with(peer);
+            self.nodes[node].met_at = self.now;
+            self.nodes[node].look_now = true;
+        }
+        if matches!(notice.kind, "resync-complete" | "link-down" | "attached") {
+            self.nodes[node].look_now = true;
+        }
+        if notice.kind == "rolled-back" {
+            self.nodes[node].rolled_back = true;
+        }
+        if notice.kind == "in-sync"
+            && let Some(peer) = notice.peer
+        {
+            self.joined_s(node, peer.0 as usize);
+        }
+        self.ambushes(node, notice.kind);
     }
 
     pub(crate) fn describe_all(&self) -> String {

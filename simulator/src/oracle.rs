@@ -6,7 +6,7 @@
 //! copy (`forked`), until both copies are seen equal.
 
 use holdfast_wire_format::ids::{Slot, SlotSet};
-use std::collections::{BTreeMap, BTreeSet};
+use std::collections::{BTreeMap, BTreeSet, VecDeque};
 
 /// Index of a write; its stamp is one more.
 pub type WriteId = u32;
@@ -35,6 +35,9 @@ struct Entry {
     /// A read returned it.
     seen: Option<u64>,
 }
+
+/// So many acknowledged writes are looked for on the copies that have to have them.
+const RECENT: usize = 48;
 
 /// One time of being primary.
 #[derive(Clone, Debug)]
@@ -82,6 +85,10 @@ pub struct Oracle {
     /// By copy: when a person last gave up its data.
     given_up_at: Vec<Option<u64>>,
     positions: BTreeMap<(u64, u64), (u64, u64)>,
+    /// Every write to a sector, whichever primary was asked.
+    every: Vec<BTreeMap<u64, Vec<WriteId>>>,
+    /// Acknowledged writes, the newest last.
+    recent: VecDeque<WriteId>,
     pub checked_promotions: u64,
     pub checked_reads: u64,
 }
@@ -111,6 +118,8 @@ impl Oracle {
             destroyed: SlotSet::EMPTY,
             given_up_at: vec![None; copies],
             positions: BTreeMap::new(),
+            every: vec![BTreeMap::new(); volumes.len()],
+            recent: VecDeque::new(),
             checked_promotions: 0,
             checked_reads: 0,
         }
@@ -166,6 +175,9 @@ impl Oracle {
             set: SlotSet::EMPTY,
             tenure,
         });
+        for sector in first..first + count {
+            self.every[volume].entry(sector).or_default().push(id);
+        }
         if tenure != usize::MAX && self.tenures[tenure].official {
             for sector in first..first + count {
                 let entry = Entry {
@@ -182,6 +194,100 @@ impl Oracle {
             }
         }
         (id, value)
+    }
+
+    /// A client that never got its answer asks for the same write again.
+    pub fn write_again(&mut self, now: u64, node: usize, old: WriteId) -> (WriteId, u64) {
+        let Write {
+            value,
+            volume,
+            first,
+            count,
+            fua,
+            ..
+        } = self.writes[old as usize];
+        let zero = value == 0;
+        let (id, _) = self.write_invoked(now, node, volume, first, count, zero, fua);
+        self.writes[id as usize].value = value;
+        (id, value)
+    }
+
+    /// Volume, first sector, sectors, whether it zeroes, FUA.
+    #[must_use]
+    pub fn asked(&self, id: WriteId) -> (usize, u64, u64, bool, bool) {
+        let w = &self.writes[id as usize];
+        (w.volume, w.first, w.count, w.value == 0, w.fua)
+    }
+
+    #[must_use]
+    pub fn is_fua(&self, id: WriteId) -> bool {
+        self.writes[id as usize].fua
+    }
+
+    #[must_use]
+    pub fn invoked(&self, id: WriteId) -> u64 {
+        self.writes[id as usize].invoked
+    }
+
+    /// Acknowledged before the newest flush was asked for, or with FUA.
+    #[must_use]
+    pub fn is_flushed(&self, id: WriteId) -> bool {
+        let w = &self.writes[id as usize];
+        w.fua || w.acknowledged.is_some_and(|a| a < self.last_flush)
+    }
+
+    /// The newest writes that were acknowledged by this primary before that moment.
+    #[must_use]
+    pub fn recent(&self, node: usize, before: u64) -> Vec<WriteId> {
+        let tenure = self.tenure_of(node);
+        let mine =
+            |w: &Write| Some(w.tenure) == tenure && w.acknowledged.is_some_and(|a| a < before);
+        let ids = self.recent.iter().copied();
+        ids.filter(|id| mine(&self.writes[*id as usize])).collect()
+    }
+
+    /// The copy lost neither its cache nor its disk since.
+    #[must_use]
+    pub fn keeps(&self, node: usize, since: u64) -> bool {
+        let lost = self.lost_since[node].max(self.given_up_at[node]);
+        lost.is_none_or(|at| at < since) && !self.destroyed.contains(Slot(node as u8))
+    }
+
+    /// A copy's disk holds an acknowledged write, or what was written there since.
+    ///
+    /// # Errors
+    /// It does not.
+    pub fn held<'a>(
+        &self,
+        id: WriteId,
+        node: usize,
+        durably: bool,
+        view: impl Fn(usize) -> &'a [u64],
+    ) -> Result<(), String> {
+        let w = &self.writes[id as usize];
+        let view = view(w.volume);
+        for sector in w.first..w.first + w.count {
+            let value = view[sector as usize];
+            if value == w.value {
+                continue;
+            }
+            let since = self.every[w.volume].get(&sector).is_some_and(|ids| {
+                ids.iter().rev().any(|other| {
+                    let o = &self.writes[*other as usize];
+                    o.value == value && o.ended.is_none_or(|e| e >= w.invoked)
+                })
+            });
+            if !since {
+                return Err(format!(
+                    "node {node} does not hold write {id} ({}) {}in volume {} sector {sector}, but {value}: {}",
+                    w.value,
+                    if durably { "durably " } else { "" },
+                    w.volume,
+                    self.describe(w.volume, sector)
+                ));
+            }
+        }
+        Ok(())
     }
 
     /// The write was answered. `set`: the copies that the primary counts as holding everything.
@@ -202,6 +308,11 @@ impl Oracle {
         }
         write.acknowledged = Some(now);
         write.set = set;
+        if self.recent.len() == RECENT {
+            self.recent.pop_front();
+        }
+        self.recent.push_back(id);
+        let write = &self.writes[id as usize];
         let write = write.clone();
         let Some(tenure) = self.tenures.get(write.tenure) else {
             return Err(format!(

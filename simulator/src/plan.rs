@@ -112,7 +112,96 @@ pub enum FaultKind {
         node: usize,
         suspend: bool,
     },
+    /// When `node` next comes to a certain point, something happens to it, or to the others, that very moment.
+    Ambush {
+        node: usize,
+        /// Place in [`TRIGGERS`].
+        on: usize,
+        strike: Strike,
+        delay_us: u64,
+        ms: u64,
+    },
+    /// An image of the disk is kept.
+    Backup {
+        node: usize,
+    },
+    /// The machine comes back with the image of its disk that was kept.
+    OldDisk {
+        node: usize,
+        down_ms: u64,
+    },
+    /// The process is killed, and a block of its metadata is not what was written when it starts again.
+    Rot {
+        node: usize,
+        down_ms: u64,
+        rot: Rot,
+    },
+    /// A frame of data comes once more: the copy that sends it is defective (D14).
+    Replay {
+        from: usize,
+        to: usize,
+    },
 }
+
+/// What an ambush does.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Strike {
+    Kill,
+    Power,
+    /// All lose power; this one is back soon and the others late.
+    AloneAfterBlackout,
+    /// All lose power; this one is back late.
+    OthersAfterBlackout,
+    KillOthers,
+    PowerOthers,
+    /// The others lose power, and a person forces this copy.
+    ForcedAlone,
+    CutOff,
+    Freeze,
+    DiskError,
+    Demote,
+    PromoteOther,
+}
+
+/// Which metadata rots: any block of its kind that the copy can do without.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Rot {
+    /// The older slot.
+    Superblock,
+    Log,
+    Bitmap,
+    /// A block of the bitmap stands in the place of another.
+    BitmapMisdirected,
+    Undo,
+}
+
+/// What an ambush waits for: notices of the core, and writes of metadata being given to the disk.
+pub const TRIGGERS: [&str; 24] = [
+    "handshake",
+    "established",
+    "resync-source",
+    "resync-target",
+    "resync-complete",
+    "resync-finished",
+    "in-sync",
+    "up-to-date",
+    "promoting",
+    "primary",
+    "peer-dropped",
+    "demoting",
+    "secondary",
+    "superseded",
+    "link-down",
+    "attached",
+    "diskless",
+    "rollback",
+    "rolled-back",
+    "undo-lost",
+    "superblock write",
+    "log write",
+    "bitmap write",
+    "undo write",
+];
 
 impl FaultKind {
     /// Whether it concerns only the first `copies` nodes.
@@ -142,7 +231,12 @@ impl FaultKind {
             | FaultKind::StopVerify { node }
             | FaultKind::Invalidate { node }
             | FaultKind::Detach { node, .. }
-            | FaultKind::SetPolicy { node, .. } => node < copies,
+            | FaultKind::SetPolicy { node, .. }
+            | FaultKind::Ambush { node, .. }
+            | FaultKind::Backup { node }
+            | FaultKind::OldDisk { node, .. }
+            | FaultKind::Rot { node, .. } => node < copies,
+            FaultKind::Replay { from, to } => from < copies && to < copies,
         }
     }
 
@@ -174,6 +268,11 @@ impl FaultKind {
             FaultKind::Invalidate { .. } => "invalidate",
             FaultKind::Detach { .. } => "detach",
             FaultKind::SetPolicy { .. } => "policy",
+            FaultKind::Ambush { .. } => "ambush",
+            FaultKind::Backup { .. } => "backup",
+            FaultKind::OldDisk { .. } => "old disk",
+            FaultKind::Rot { .. } => "rot",
+            FaultKind::Replay { .. } => "replay",
         }
     }
 }
@@ -217,8 +316,12 @@ pub struct Plan {
     pub extent_shift: u8,
     pub al_blocks: u32,
     pub undo_size: u64,
-    /// A typical disk operation, ns.
+    /// A typical disk operation, ns; a write of metadata and a flush take so many times as long.
     pub disk_ns: u64,
+    pub meta_factor: u64,
+    pub flush_factor: u64,
+    /// How many starts of 1000 keep no activity log.
+    pub log_off_per_mille: u64,
     pub corrupt_per_million: u64,
     /// How often the costly invariants are looked at.
     pub look_per_mille: u64,
@@ -259,6 +362,7 @@ impl Plan {
             async_queue_bytes: (256 << 10) << rng.below(6),
             async_block: rng.chance(300),
             undo_full_pauses: rng.chance(300),
+            log_extents: [0, 0, 32, 100][rng.index(4)],
             ..Tuning::default()
         };
         let duration = rng.between(3, 25) * 1000 * MS;
@@ -274,7 +378,7 @@ impl Plan {
             burst: [1, 4, 16, 64][rng.index(4)],
             think: [20_000, 200_000, MS][rng.index(3)],
             pause: 0,
-            hot_sectors: [16, 128, 1024][rng.index(3)],
+            hot_sectors: [16, 128, 1024, 1 << 20][rng.index(4)],
             latency: [50_000, 300_000, 3 * MS, 30 * MS][rng.index(4)],
             duration,
             failover_ms: [50, 500, 1500, 5000][rng.index(4)],
@@ -284,12 +388,15 @@ impl Plan {
             al_blocks: rng.between(8, 10) as u32,
             undo_size: [0, 64 << 10, 1 << 20, 8 << 20][rng.index(4)],
             disk_ns: [20_000, 100_000, 400_000, 3 * MS][rng.index(4)],
+            meta_factor: [1, 1, 4, 20][rng.index(4)],
+            flush_factor: [3, 3, 20][rng.index(3)],
+            log_off_per_mille: [0, 0, 0, 300][rng.index(4)],
             corrupt_per_million: if rng.chance(200) { 300 } else { 0 },
             look_per_mille: 20,
             dropped_requests: BTreeSet::new(),
             faults: Vec::new(),
         };
-        let requests = rng.between(400, 1600);
+        let requests = rng.between(900, 2400);
         plan.pause = plan.duration * plan.clients as u64 * plan.burst / requests;
         plan.extent_shift = plan.extent_shift.max(plan.grain_shift);
         let mut at = rng.between(100, 1500) * MS;
@@ -323,7 +430,31 @@ impl Plan {
             rng.between(2000, 8000),
         ];
         let ms = short[rng.index(3)];
-        let weights: [(u64, FaultKind); 23] = [
+        let strike = [
+            Strike::Kill,
+            Strike::Power,
+            Strike::AloneAfterBlackout,
+            Strike::OthersAfterBlackout,
+            Strike::KillOthers,
+            Strike::PowerOthers,
+            Strike::ForcedAlone,
+            Strike::CutOff,
+            Strike::Freeze,
+            Strike::DiskError,
+            Strike::Demote,
+            Strike::PromoteOther,
+        ][rng.index(12)];
+        let rot = [
+            Rot::Superblock,
+            Rot::Log,
+            Rot::Bitmap,
+            Rot::BitmapMisdirected,
+            Rot::Undo,
+        ][rng.index(5)];
+        let on = rng.index(TRIGGERS.len());
+        let most = [1, self.disk_ns / 500, self.latency / 500, 5_000][rng.index(4)];
+        let delay_us = rng.below(most + 1);
+        let weights: [(u64, FaultKind); 28] = [
             (12, FaultKind::Kill { node, down_ms: ms }),
             (12, FaultKind::Power { node, down_ms: ms }),
             (3, FaultKind::Blackout { down_ms: ms }),
@@ -372,6 +503,33 @@ impl Plan {
                 FaultKind::SetPolicy {
                     node,
                     suspend: rng.chance(500),
+                },
+            ),
+            (
+                35,
+                FaultKind::Ambush {
+                    node,
+                    on,
+                    strike,
+                    delay_us,
+                    ms,
+                },
+            ),
+            (3, FaultKind::Backup { node }),
+            (4, FaultKind::OldDisk { node, down_ms: ms }),
+            (
+                4,
+                FaultKind::Rot {
+                    node,
+                    down_ms: ms,
+                    rot,
+                },
+            ),
+            (
+                2,
+                FaultKind::Replay {
+                    from: node,
+                    to: other,
                 },
             ),
         ];

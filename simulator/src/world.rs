@@ -10,6 +10,7 @@ use holdfast_replicator_core::Core;
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::frame::{Body, FrameHeader};
 use holdfast_wire_format::ids::*;
+use holdfast_wire_format::layout::Layout;
 use holdfast_wire_format::metadata::CopyState;
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BinaryHeap, VecDeque};
@@ -61,7 +62,17 @@ pub(crate) enum Happening {
         end: usize,
     },
     Client(usize),
+    /// A client sends a write again whose answer it never got.
+    Again {
+        client: usize,
+        write: crate::oracle::WriteId,
+    },
     Manager,
+    /// An ambush of the plan strikes; with `later`, its second half.
+    Strike {
+        fault: usize,
+        later: bool,
+    },
 }
 
 struct Queued {
@@ -134,6 +145,20 @@ pub(crate) struct Node {
     pub incarnation: u64,
     pub disk_number: u64,
     pub last_state: (u8, u8),
+    /// What it was when it was last seen as a secondary, and whether it was rolled back since.
+    pub secondary_state: CopyState,
+    pub rolled_back: bool,
+    /// Copies it met since it started, and when it last did.
+    pub met: SlotSet,
+    pub met_at: u64,
+    /// An image of its disk, and which start it was made under.
+    pub backup: Option<(Disk, u64)>,
+    /// Its metadata rots before it starts again.
+    pub rot: Option<crate::plan::Rot>,
+    /// Something settled: the invariants are looked at after this batch.
+    pub look_now: bool,
+    /// Completions checked against the generations of its followers.
+    pub generation_checks: (u64, u32),
 }
 
 /// A whole run.
@@ -159,6 +184,10 @@ pub struct World {
     pub(crate) finished: bool,
     /// A core said that it cannot go on.
     pub(crate) halted: bool,
+    /// Of each volume's metadata.
+    pub(crate) layouts: Vec<Layout>,
+    /// Ambushes of the plan that wait.
+    pub(crate) waiting: Vec<usize>,
 }
 
 pub(crate) const SERVICE: Uuid = Uuid(0x1111_2222_3333_4444_5555_6666_7777_8888);
@@ -207,6 +236,14 @@ impl World {
                 incarnation: 0,
                 disk_number: 0,
                 last_state: (255, 255),
+                secondary_state: CopyState::Blank,
+                rolled_back: false,
+                met: SlotSet::EMPTY,
+                met_at: 0,
+                backup: None,
+                rot: None,
+                look_now: false,
+                generation_checks: (0, 0),
             })
             .collect();
         let mut world = World {
@@ -229,6 +266,8 @@ impl World {
             faults_over: false,
             finished: false,
             halted: false,
+            layouts: Vec::new(),
+            waiting: Vec::new(),
             plan,
         };
         for node in 0..copies {
@@ -237,6 +276,13 @@ impl World {
             world.nodes[node].down = false;
             world.at(delay, Happening::Start { node, life: 0 });
         }
+        world.layouts = (0..world.plan.volumes.len())
+            .filter_map(|volume| {
+                let bytes = world.nodes[0].disk.meta_block(volume as u16, 0);
+                let sb = holdfast_wire_format::superblock::decode(&bytes).ok()?;
+                Layout::of(&sb).ok()
+            })
+            .collect();
         for pair in 0..world.network.pairs() {
             world.after(MS, Happening::Dial(pair));
         }
@@ -352,7 +398,9 @@ impl World {
             Happening::Deliver { connection, to } => self.deliver(connection, to),
             Happening::LinkDown { connection, end } => self.link_down(connection, end),
             Happening::Client(client) => self.client_turn(client),
+            Happening::Again { client, write } => self.client_again(client, write),
             Happening::Manager => self.manager_turn(),
+            Happening::Strike { fault, later } => self.strike(fault, later),
         }
     }
 
@@ -455,6 +503,17 @@ impl World {
         n.batch_open = false;
         n.suspended_by_operator = false;
         n.wants.fill(false);
+        n.met = SlotSet::EMPTY;
+        if let Some(rot) = self.nodes[node].rot.take() {
+            self.rot(node, rot);
+        }
+        let mut tuning = self.plan.tuning;
+        if self.plan.log_off_per_mille > 0 && self.rng.chance(self.plan.log_off_per_mille) {
+            tuning.activity_log = false;
+            self.coverage
+                .count("faults", "started without an activity log");
+        }
+        let n = &self.nodes[node];
         let incarnation = (node as u64 + 1) << 32 | n.incarnation;
         let parameters = AttachParameters {
             volumes: self
@@ -476,7 +535,7 @@ impl World {
             service: SERVICE,
             incarnation: Incarnation(incarnation),
             seed: Rng::stream(self.plan.seed, incarnation).next(),
-            tuning: self.plan.tuning,
+            tuning,
         };
         let now = self.local(node);
         let mut out = Vec::new();
@@ -588,6 +647,10 @@ impl World {
             }
         } else if probe.state != CopyState::Blank && self.nodes[node].admin.is_empty() {
             self.nodes[node].may_be_blank = false;
+        }
+        if probe.role == Role::Secondary {
+            self.nodes[node].secondary_state = probe.state;
+            self.nodes[node].rolled_back = false;
         }
         let state = (probe.state as u8, probe.role as u8);
         if state != self.nodes[node].last_state {
@@ -879,6 +942,8 @@ impl World {
         let probe = core.probe();
         let view = self.nodes[node].disk.all();
         let forced = probe.forced || self.nodes[node].restored;
+        let result = self.may_serve(node, probe.forced);
+        self.check(result);
         let result =
             self.oracle
                 .promoted(self.now, node, forced, epoch.number, probe.in_sync, view);
@@ -903,7 +968,12 @@ impl World {
         let base = self.plan.disk_ns;
         let mut delay = base / 2 + self.disk_rng.below(base + 1);
         if kind == 2 {
-            delay *= 3;
+            delay *= self.plan.flush_factor;
+        }
+        if let DiskOp::MetaWrite { volume, offset, .. } = &op {
+            delay *= self.plan.meta_factor;
+            let what = self.region(*volume, *offset);
+            self.ambushes(node, what);
         }
         if self.disk_rng.chance(20) {
             delay *= 20;
@@ -978,9 +1048,10 @@ impl World {
         if failed {
             n.fail_next -= 1;
             let mut rng = self.disk_rng.clone();
-            n.disk.land_partly(&pending.op, &mut rng);
+            let torn = n.disk.land_partly(&pending.op, &mut rng);
             self.disk_rng = rng;
             self.coverage.count("disk errors", "EIO");
+            self.count_torn(u64::from(torn));
             self.log(|| format!("node {node}: disk error on {}", describe(&pending.op)));
         } else {
             n.disk.land(&pending.op);
@@ -1031,15 +1102,93 @@ impl World {
         let n = &mut self.nodes[node];
         n.disk_life += 1;
         n.hung = false;
+        let mut torn = 0;
         for (_, pending) in std::mem::take(&mut n.pending) {
-            n.disk.land_partly(&pending.op, &mut rng);
+            torn += u64::from(n.disk.land_partly(&pending.op, &mut rng));
         }
         let lost = n.disk.power_cut(&mut rng);
         self.disk_rng = rng;
+        self.count_torn(torn);
         self.coverage.lost_sectors += lost;
         self.log(|| format!("node {node}: power is cut, {lost} sectors go back in time"));
         self.oracle.lost_power(self.now, node);
         self.end_process(node);
+    }
+
+    fn count_torn(&mut self, torn: u64) {
+        for _ in 0..torn {
+            self.coverage.count("faults", "torn metadata write");
+        }
+    }
+
+    /// What a block of metadata is part of.
+    pub(crate) fn region(&self, volume: u16, offset: u64) -> &'static str {
+        let Some(layout) = self.layouts.get(volume as usize) else {
+            return "";
+        };
+        let log_end = layout.activity_log_offset + u64::from(layout.activity_log_blocks) * 4096;
+        if offset < layout.activity_log_offset {
+            "superblock write"
+        } else if offset < log_end {
+            "log write"
+        } else if offset < layout.undo_offset {
+            "bitmap write"
+        } else {
+            "undo write"
+        }
+    }
+
+    /// A block of metadata of a stopped copy is not what was written.
+    fn rot(&mut self, node: usize, rot: crate::plan::Rot) {
+        use crate::plan::Rot;
+        let mut rng = self.disk_rng.clone();
+        let layout = self.layouts[0].clone();
+        let log_end = layout.activity_log_offset + u64::from(layout.activity_log_blocks) * 4096;
+        let volume = rng.index(self.layouts.len()) as u16;
+        let disk = &mut self.nodes[node].disk;
+        let bitmaps = |disk: &Disk, layouts: &[Layout]| {
+            let layout = &layouts[volume as usize];
+            let from = layout.activity_log_offset + u64::from(layout.activity_log_blocks) * 4096;
+            disk.meta_blocks(volume, from, layout.undo_offset)
+        };
+        let block = match rot {
+            // The newer slot is what a single good one is: nothing can replace it.
+            Rot::Superblock => disk.superblock().map(|(at, _)| (0, 4096 - at)),
+            Rot::Log => {
+                // A damaged newest block looks like one whose write was cut.
+                let blocks = disk.meta_blocks(0, layout.activity_log_offset, log_end);
+                let sequence = |b: &(u16, u64)| {
+                    holdfast_wire_format::activity_log::decode(&disk.meta_block(b.0, b.1))
+                        .map_or(0, |b| b.sequence)
+                };
+                let newest = blocks.iter().map(sequence).max().unwrap_or(0);
+                let others: Vec<_> = blocks
+                    .into_iter()
+                    .filter(|b| sequence(b) < newest)
+                    .collect();
+                (!others.is_empty()).then(|| others[rng.index(others.len())])
+            }
+            Rot::Bitmap | Rot::BitmapMisdirected => {
+                let blocks = bitmaps(disk, &self.layouts);
+                (!blocks.is_empty()).then(|| blocks[rng.index(blocks.len())])
+            }
+            Rot::Undo => {
+                let blocks = disk.meta_blocks(0, layout.undo_offset, u64::MAX);
+                (!blocks.is_empty()).then(|| blocks[rng.index(blocks.len())])
+            }
+        };
+        if let Some(block) = block {
+            if rot == Rot::BitmapMisdirected {
+                let blocks = bitmaps(disk, &self.layouts);
+                let from = blocks[rng.index(blocks.len())];
+                disk.misdirect(from, block);
+            } else {
+                disk.flip(block, &mut rng);
+            }
+            self.coverage.count("rot", &format!("{rot:?}"));
+            self.log(|| format!("node {node}: {rot:?} at {block:?} is not what was written"));
+        }
+        self.disk_rng = rng;
     }
 
     pub(crate) fn kill(&mut self, node: usize) {
@@ -1155,7 +1304,12 @@ impl World {
             self.check(result);
         }
         self.coverage.frames[header.kind as usize & 127] += 1;
-        let frame = Frame { header, body, data };
+        let frame = Frame {
+            header,
+            body,
+            data,
+            again: false,
+        };
         self.transmit(node, peer.0 as usize, session, frame);
     }
 }

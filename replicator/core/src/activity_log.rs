@@ -344,7 +344,7 @@ impl ActivityLog {
         }
     }
 
-    /// Reads the ring after a start: `blocks` gives each block by its place. The log goes on with what was hot
+    /// Reads the ring after a start, of a log with so many slots: `blocks` gives each block by its place. The log goes on with what was hot
     /// (and need not be rewritten). The second value is true if the ring is damaged, so that extents may be
     /// missing: then every block of every volume has to be taken as dirty, and once that is durable the ring is
     /// to be rewritten with [`reset`](Self::reset).
@@ -353,11 +353,11 @@ impl ActivityLog {
     /// If the ring has fewer than 2 blocks.
     #[must_use]
     pub fn recover<'a>(
+        slots: usize,
         ring_blocks: u32,
         blocks: impl Iterator<Item = (u32, &'a [u8])>,
     ) -> (Self, bool) {
-        let log = Self::new(Self::slots_for(ring_blocks), ring_blocks);
-        log.recovered(blocks)
+        Self::new(slots, ring_blocks).recovered(blocks)
     }
 
     fn recovered<'a>(mut self, blocks: impl Iterator<Item = (u32, &'a [u8])>) -> (Self, bool) {

@@ -590,6 +590,9 @@ pub struct Tuning {
     pub surplus_bytes: u64,
     /// Use the activity log; off costs nothing per write but a full copy after a crash.
     pub activity_log: bool,
+    /// Extents that may be hot at once, at least those of one request; 0: as many as the ring carries (0). Fewer cost more
+    /// transactions and a shorter resync after a crash. The ring is taken as damaged once after a change.
+    pub log_extents: u32,
 }
 
 impl Default for Tuning {
@@ -611,6 +614,7 @@ impl Default for Tuning {
             undo_full_pauses: false,
             surplus_bytes: 1 << 30,
             activity_log: true,
+            log_extents: 0,
         }
     }
 }

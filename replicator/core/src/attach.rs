@@ -405,7 +405,8 @@ impl Core {
             }
             peers.push(new_peer(p, record, bitmaps, now));
         }
-        let (mut log, damaged) = read_log(meta, &sb, &volumes[0].layout)?;
+        let (mut log, damaged) =
+            read_log(meta, &sb, &volumes[0].layout, params.tuning.log_extents)?;
         let hot = log.hot_extents();
         // The log of the run that ended says all it should only if that run kept one, whatever this run does.
         let every_block_counts = unclean && (damaged || sb.log_incomplete);
@@ -653,6 +654,7 @@ fn read_log(
     meta: &mut dyn MetaSource,
     sb: &Superblock,
     layout: &Layout,
+    log_extents: u32,
 ) -> Result<(ActivityLog, bool), AttachError> {
     let mut blocks = Vec::new();
     for block in 0..sb.al_blocks {
@@ -665,7 +667,13 @@ fn read_log(
         .map_err(|error| AttachError::Read { volume: 0, error })?;
         blocks.push((block, bytes));
     }
+    let carried = ActivityLog::slots_for(sb.al_blocks);
+    let slots = match log_extents as usize {
+        0 => carried,
+        fewer => fewer.min(carried),
+    };
     Ok(ActivityLog::recover(
+        slots,
         sb.al_blocks,
         blocks.iter().map(|(i, b)| (*i, b.as_slice())),
     ))

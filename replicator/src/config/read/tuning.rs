@@ -46,6 +46,7 @@ impl Reader<'_> {
             undo_full_pauses: raw.undo_full_pauses.unwrap_or(default.undo_full_pauses),
             surplus_bytes: raw.surplus_bytes.unwrap_or(default.surplus_bytes),
             activity_log: raw.activity_log.unwrap_or(default.activity_log),
+            log_extents: default.log_extents,
         };
         let chunk = tuning.resync_chunk_bytes;
         let range = |name: &str, fits: bool, range: String| {
