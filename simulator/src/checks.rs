@@ -93,10 +93,11 @@ impl World {
     /// D11: only a copy that holds one point in time begins to serve, and unforced only one that may have everything.
     pub(crate) fn may_serve(&mut self, node: usize, forced: bool) -> Result<(), String> {
         let n = &self.nodes[node];
-        let state = n.secondary_state;
+        let (state, zeroed) = n.secondary_state;
         let fit = match state {
             CopyState::UpToDate | CopyState::Complete => true,
-            CopyState::Consistent | CopyState::Blank => forced,
+            CopyState::Blank => forced || zeroed,
+            CopyState::Consistent => forced,
             CopyState::Inconsistent => forced && n.rolled_back,
             CopyState::Outdated | CopyState::Failed => false,
         };
@@ -189,7 +190,7 @@ impl World {
 
     /// A copy joined S: it holds every write that was acknowledged, and what was flushed durably (D1, D2).
     pub(crate) fn joined_s(&mut self, primary: usize, node: usize) {
-        if self.nodes[primary].role != Role::Primary {
+        if self.nodes[primary].role != Role::Primary || !self.waits_for_disk(node) {
             return;
         }
         self.coverage.count("checks", "joins S");

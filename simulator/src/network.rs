@@ -245,12 +245,46 @@ impl World {
             .partition(|l: &(usize, usize, u64, SessionId, Frame)| l.0 == node && l.1 == peer);
         self.network.late = others;
         let mine: Vec<_> = mine;
+        // At once, or when the copies have settled.
+        let latest = [0, 10 * MS, 100 * MS][self.network.rng.index(3)];
+        let delay = self.network.rng.below(latest + 1);
         for (_, _, then, session, frame) in mine {
-            if then == life && self.network.rng.chance(500) {
-                self.coverage.count("faults", "frame of an old connection");
-                self.arrived(node, peer, session, frame);
+            if then == life && self.network.rng.chance(700) {
+                let frame = Box::new(frame);
+                self.after(
+                    delay,
+                    Happening::Late {
+                        node,
+                        peer,
+                        life,
+                        session,
+                        frame,
+                    },
+                );
             }
         }
+    }
+
+    /// Why this frame ends the connection, if it does: it comes again (D14), or is of an epoch older than the newest that
+    /// its receiver accepted (C1).
+    fn is_to_be_refused(&self, node: usize, from: usize, frame: &Frame) -> Option<&'static str> {
+        let core = self.nodes[node].core.as_ref()?;
+        let changes_data = matches!(
+            frame.header.kind,
+            FrameKind::Write
+                | FrameKind::Zero
+                | FrameKind::Flush
+                | FrameKind::ResyncData
+                | FrameKind::ResyncZero
+        );
+        if !changes_data || !matches!(self.relation(node, from), "established" | "target") {
+            return None;
+        }
+        if frame.again {
+            return Some("D14, it came before");
+        }
+        let old = frame.header.epoch.number < core.probe().epoch.number;
+        old.then_some("C1, it is of an epoch that was superseded")
     }
 
     /// A defective sender repeats one of its frames of data (D14).
@@ -323,7 +357,15 @@ impl World {
                 );
                 self.log(|| text);
             }
+            let refused = self.is_to_be_refused(to_node, from_node, &frame);
             self.arrived(to_node, from_node, session, frame);
+            if let Some(why) = refused
+                && self.nodes[to_node].frozen.is_none()
+                && matches!(self.relation(to_node, from_node), "established" | "target")
+            {
+                let kind = format!("node {to_node} takes a frame of node {from_node}: {why}");
+                return self.fail(kind);
+            }
             if let (Some(session), true) = (sender, is_data) {
                 let peer = Slot(to_node as u8);
                 self.event(

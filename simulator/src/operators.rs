@@ -298,6 +298,7 @@ impl World {
                 self.after(3000 * MS, Happening::FaultOver(at));
             }
             Strike::Demote => self.order(node, "demote", Command::Demote),
+            Strike::Promote => self.order(node, "promote", Command::Promote { force: false }),
             Strike::PromoteOther => {
                 let other = others[self.rng.index(others.len())];
                 self.order(other, "promote", Command::Promote { force: false });
@@ -360,8 +361,18 @@ impl World {
     }
 
     fn power(&mut self, node: usize, down_ms: u64) {
+        self.may_back_up(node);
         self.cut_power(node);
         self.restart(node, down_ms * MS);
+    }
+
+    /// Somebody makes an image of a disk now and then.
+    fn may_back_up(&mut self, node: usize) {
+        let n = &self.nodes[node];
+        if n.backup.is_none() && !n.restored && !n.broken_disk && self.rng.chance(300) {
+            let n = &mut self.nodes[node];
+            n.backup = Some((n.disk.image(), n.incarnation));
+        }
     }
 
     /// Whether the others can bring back what this disk holds.

@@ -87,6 +87,8 @@ pub struct Oracle {
     positions: BTreeMap<(u64, u64), (u64, u64)>,
     /// Every write to a sector, whichever primary was asked.
     every: Vec<BTreeMap<u64, Vec<WriteId>>>,
+    /// By tenure: when the newest flush was asked for that was answered.
+    flushed_in: BTreeMap<usize, u64>,
     /// Acknowledged writes, the newest last.
     recent: VecDeque<WriteId>,
     pub checked_promotions: u64,
@@ -119,6 +121,7 @@ impl Oracle {
             given_up_at: vec![None; copies],
             positions: BTreeMap::new(),
             every: vec![BTreeMap::new(); volumes.len()],
+            flushed_in: BTreeMap::new(),
             recent: VecDeque::new(),
             checked_promotions: 0,
             checked_reads: 0,
@@ -229,11 +232,12 @@ impl Oracle {
         self.writes[id as usize].invoked
     }
 
-    /// Acknowledged before the newest flush was asked for, or with FUA.
+    /// Acknowledged before the newest flush that its primary answered was asked for, or with FUA.
     #[must_use]
     pub fn is_flushed(&self, id: WriteId) -> bool {
         let w = &self.writes[id as usize];
-        w.fua || w.acknowledged.is_some_and(|a| a < self.last_flush)
+        let flush = self.flushed_in.get(&w.tenure).copied().unwrap_or(0);
+        w.fua || w.acknowledged.is_some_and(|a| a < flush)
     }
 
     /// The newest writes that were acknowledged by this primary before that moment.
@@ -354,6 +358,10 @@ impl Oracle {
 
     /// A flush was answered Ok: everything acknowledged before it was asked for is safe from power cuts.
     pub fn flush_ended(&mut self, node: usize, invoked: u64, now: u64) {
+        if let Some(tenure) = self.tenure_of(node) {
+            let newest = self.flushed_in.entry(tenure).or_default();
+            *newest = (*newest).max(invoked);
+        }
         let official = self.tenure_of(node).is_some_and(|t| self.current(t));
         if official {
             self.flushes.push((invoked, now));

@@ -160,6 +160,7 @@ pub enum Strike {
     Freeze,
     DiskError,
     Demote,
+    Promote,
     PromoteOther,
 }
 
@@ -176,7 +177,7 @@ pub enum Rot {
 }
 
 /// What an ambush waits for: notices of the core, and writes of metadata being given to the disk.
-pub const TRIGGERS: [&str; 24] = [
+pub const TRIGGERS: [&str; 25] = [
     "handshake",
     "established",
     "resync-source",
@@ -197,6 +198,7 @@ pub const TRIGGERS: [&str; 24] = [
     "rollback",
     "rolled-back",
     "undo-lost",
+    "flush",
     "superblock write",
     "log write",
     "bitmap write",
@@ -362,7 +364,7 @@ impl Plan {
             async_queue_bytes: (256 << 10) << rng.below(6),
             async_block: rng.chance(300),
             undo_full_pauses: rng.chance(300),
-            log_extents: [0, 0, 32, 100][rng.index(4)],
+            log_extents: [0, 12, 24, 100][rng.index(4)],
             ..Tuning::default()
         };
         let duration = rng.between(3, 25) * 1000 * MS;
@@ -378,15 +380,15 @@ impl Plan {
             burst: [1, 4, 16, 64][rng.index(4)],
             think: [20_000, 200_000, MS][rng.index(3)],
             pause: 0,
-            hot_sectors: [16, 128, 1024, 1 << 20][rng.index(4)],
+            hot_sectors: [16, 128, 1024, 1 << 20, 1 << 20][rng.index(5)],
             latency: [50_000, 300_000, 3 * MS, 30 * MS][rng.index(4)],
             duration,
             failover_ms: [50, 500, 1500, 5000][rng.index(4)],
             drift: rng.chance(500),
             grain_shift: rng.between(12, 16) as u8,
-            extent_shift: rng.between(13, 20) as u8,
+            extent_shift: [13, 13, 14, 15, 16, 18, 20][rng.index(7)],
             al_blocks: rng.between(8, 10) as u32,
-            undo_size: [0, 64 << 10, 1 << 20, 8 << 20][rng.index(4)],
+            undo_size: [0, 64 << 10, 1 << 20, 8 << 20, 8 << 20][rng.index(5)],
             disk_ns: [20_000, 100_000, 400_000, 3 * MS][rng.index(4)],
             meta_factor: [1, 1, 4, 20][rng.index(4)],
             flush_factor: [3, 3, 20][rng.index(3)],
@@ -406,6 +408,28 @@ impl Plan {
         while at < duration {
             let kind = plan.fault(&mut rng, taste);
             plan.faults.push(Fault { at, kind });
+            // A rollback is cut, too.
+            if let FaultKind::Ambush {
+                node,
+                strike: Strike::ForcedAlone,
+                delay_us,
+                ms,
+                ..
+            } = kind
+                && rng.chance(500)
+            {
+                let name = ["rollback", "rolled-back"][rng.index(2)];
+                let on = TRIGGERS.iter().position(|t| *t == name).unwrap_or(0);
+                let strike = [Strike::Power, Strike::Kill][rng.index(2)];
+                let kind = FaultKind::Ambush {
+                    node,
+                    on,
+                    strike,
+                    delay_us,
+                    ms,
+                };
+                plan.faults.push(Fault { at, kind });
+            }
             at += rng.between(1, 2 * pause) * MS;
         }
         plan
@@ -442,8 +466,9 @@ impl Plan {
             Strike::Freeze,
             Strike::DiskError,
             Strike::Demote,
+            Strike::Promote,
             Strike::PromoteOther,
-        ][rng.index(12)];
+        ][rng.index(13)];
         let rot = [
             Rot::Superblock,
             Rot::Log,
@@ -452,6 +477,25 @@ impl Plan {
             Rot::Undo,
         ][rng.index(5)];
         let on = rng.index(TRIGGERS.len());
+        // Moments that matter and are rarely hit otherwise.
+        let known: [(&str, Strike); 10] = [
+            ("resync-target", Strike::ForcedAlone),
+            ("undo write", Strike::ForcedAlone),
+            ("rollback", Strike::Power),
+            ("rolled-back", Strike::Power),
+            ("rolled-back", Strike::AloneAfterBlackout),
+            ("link-down", Strike::Promote),
+            ("flush", Strike::Power),
+            ("flush", Strike::OthersAfterBlackout),
+            ("in-sync", Strike::AloneAfterBlackout),
+            ("resync-complete", Strike::Power),
+        ];
+        let (name, then) = known[rng.index(known.len())];
+        let place = TRIGGERS.iter().position(|t| *t == name);
+        let (on, strike) = match place {
+            Some(place) if rng.chance(500) => (place, then),
+            _ => (on, strike),
+        };
         let most = [1, self.disk_ns / 500, self.latency / 500, 5_000][rng.index(4)];
         let delay_us = rng.below(most + 1);
         let weights: [(u64, FaultKind); 28] = [
@@ -516,7 +560,7 @@ impl Plan {
                 },
             ),
             (3, FaultKind::Backup { node }),
-            (4, FaultKind::OldDisk { node, down_ms: ms }),
+            (8, FaultKind::OldDisk { node, down_ms: ms }),
             (
                 4,
                 FaultKind::Rot {

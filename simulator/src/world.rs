@@ -11,9 +11,9 @@ use holdfast_replicator_core::api::*;
 use holdfast_wire_format::frame::{Body, FrameHeader};
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::layout::Layout;
-use holdfast_wire_format::metadata::CopyState;
+use holdfast_wire_format::metadata::{CopyState, GenerationCause};
 use std::cmp::Reverse;
-use std::collections::{BTreeMap, BinaryHeap, VecDeque};
+use std::collections::{BTreeMap, BTreeSet, BinaryHeap, VecDeque};
 use std::rc::Rc;
 
 /// Block data: a stamp per sector.
@@ -68,6 +68,14 @@ pub(crate) enum Happening {
         write: crate::oracle::WriteId,
     },
     Manager,
+    /// A frame of a connection that is over: the shell had it in hand.
+    Late {
+        node: usize,
+        peer: usize,
+        life: u64,
+        session: SessionId,
+        frame: Box<Frame>,
+    },
     /// An ambush of the plan strikes; with `later`, its second half.
     Strike {
         fault: usize,
@@ -145,8 +153,9 @@ pub(crate) struct Node {
     pub incarnation: u64,
     pub disk_number: u64,
     pub last_state: (u8, u8),
-    /// What it was when it was last seen as a secondary, and whether it was rolled back since.
-    pub secondary_state: CopyState,
+    /// What it was when it was last seen as a secondary, whether it read zero everywhere then, and whether it was rolled
+    /// back since.
+    pub secondary_state: (CopyState, bool),
     pub rolled_back: bool,
     /// Copies it met since it started, and when it last did.
     pub met: SlotSet,
@@ -186,6 +195,8 @@ pub struct World {
     pub(crate) halted: bool,
     /// Of each volume's metadata.
     pub(crate) layouts: Vec<Layout>,
+    /// Generations that a person's force began, of copies that came to serve.
+    forced_seen: BTreeSet<GenerationId>,
     /// Ambushes of the plan that wait.
     pub(crate) waiting: Vec<usize>,
 }
@@ -236,7 +247,7 @@ impl World {
                 incarnation: 0,
                 disk_number: 0,
                 last_state: (255, 255),
-                secondary_state: CopyState::Blank,
+                secondary_state: (CopyState::Blank, true),
                 rolled_back: false,
                 met: SlotSet::EMPTY,
                 met_at: 0,
@@ -267,6 +278,7 @@ impl World {
             finished: false,
             halted: false,
             layouts: Vec::new(),
+            forced_seen: BTreeSet::new(),
             waiting: Vec::new(),
             plan,
         };
@@ -399,6 +411,18 @@ impl World {
             Happening::LinkDown { connection, end } => self.link_down(connection, end),
             Happening::Client(client) => self.client_turn(client),
             Happening::Again { client, write } => self.client_again(client, write),
+            Happening::Late {
+                node,
+                peer,
+                life,
+                session,
+                frame,
+            } => {
+                if self.nodes[node].life == life {
+                    self.coverage.count("faults", "frame of an old connection");
+                    self.arrived(node, peer, session, *frame);
+                }
+            }
             Happening::Manager => self.manager_turn(),
             Happening::Strike { fault, later } => self.strike(fault, later),
         }
@@ -570,6 +594,11 @@ impl World {
             return backlog.push(event);
         }
         let Some(core) = &mut n.core else { return };
+        let probe = core.probe();
+        if probe.role == Role::Secondary {
+            n.secondary_state = (probe.state, probe.zeroed);
+            n.rolled_back = false;
+        }
         let mut out = Vec::new();
         core.handle(now, event, &mut out);
         self.actions(node, out);
@@ -647,10 +676,6 @@ impl World {
             }
         } else if probe.state != CopyState::Blank && self.nodes[node].admin.is_empty() {
             self.nodes[node].may_be_blank = false;
-        }
-        if probe.role == Role::Secondary {
-            self.nodes[node].secondary_state = probe.state;
-            self.nodes[node].rolled_back = false;
         }
         let state = (probe.state as u8, probe.role as u8);
         if state != self.nodes[node].last_state {
@@ -941,7 +966,15 @@ impl World {
         };
         let probe = core.probe();
         let view = self.nodes[node].disk.all();
-        let forced = probe.forced || self.nodes[node].restored;
+        // A copy may have been forced and have ended before it served: then it goes on from what it was forced to.
+        let before = self.forced_seen.len();
+        let durable = self.nodes[node].disk.superblock();
+        for generation in durable.iter().flat_map(|(_, sb)| &sb.generations) {
+            if generation.cause == GenerationCause::Force {
+                self.forced_seen.insert(generation.id);
+            }
+        }
+        let forced = probe.forced || self.nodes[node].restored || self.forced_seen.len() > before;
         let result = self.may_serve(node, probe.forced);
         self.check(result);
         let result =
@@ -969,6 +1002,7 @@ impl World {
         let mut delay = base / 2 + self.disk_rng.below(base + 1);
         if kind == 2 {
             delay *= self.plan.flush_factor;
+            self.ambushes(node, "flush");
         }
         if let DiskOp::MetaWrite { volume, offset, .. } = &op {
             delay *= self.plan.meta_factor;

@@ -505,12 +505,12 @@ impl Core {
         {
             return;
         }
-        if !self.save_all_bits(out) {
+        if !self.save_all_bits(out) && !planted!("stopped-before-bits") {
             return;
         }
         self.detach_recording = true;
         // A second, clean stop does not settle an unclean one.
-        self.sb.flags.unclean = self.unclean_start;
+        self.sb.flags.unclean = self.unclean_start && !planted!("second-stop-settles-the-first");
         self.commit(Then::Detached, out);
     }
 

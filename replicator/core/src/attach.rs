@@ -409,7 +409,9 @@ impl Core {
             read_log(meta, &sb, &volumes[0].layout, params.tuning.log_extents)?;
         let hot = log.hot_extents();
         // The log of the run that ended says all it should only if that run kept one, whatever this run does.
-        let every_block_counts = unclean && (damaged || sb.log_incomplete);
+        let no_log = sb.log_incomplete && !planted!("missing-log-overlooked");
+        let every_block_counts =
+            unclean && ((damaged && !planted!("damaged-log-overlooked")) || no_log);
         if unclean {
             // What was hot may differ between the copies, in either direction: bits toward every peer (D7).
             for peer in &mut peers {
@@ -627,9 +629,14 @@ fn load_bitmap(
         let first = block * bitmap_page::SUMMARY_ENTRIES as u64;
         for page in first..(first + bitmap_page::SUMMARY_ENTRIES as u64).min(pages) {
             // A damaged summary says nothing, and that means everything (D7).
+            let damaged = if planted!("damaged-bitmap-is-clean") {
+                SUMMARY_CLEAN
+            } else {
+                SUMMARY_DAMAGED
+            };
             let state = summary
                 .as_ref()
-                .map_or(SUMMARY_DAMAGED, |s| s[(page - first) as usize]);
+                .map_or(damaged, |s| s[(page - first) as usize]);
             if state == SUMMARY_CLEAN {
                 continue;
             }

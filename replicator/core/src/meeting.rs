@@ -296,8 +296,7 @@ impl Core {
                 self.sb.flags.solo = false;
             }
             self.commit(Then::Nothing, out);
-            let serves = matches!(self.role, Role::Primary | Role::Promoting);
-            if serves && !planted!("superseded-goes-on") {
+            if matches!(self.role, Role::Primary | Role::Promoting) {
                 let text = format!(
                     "copy {} knows epoch {} of copy {}, newer than {}: this copy stops being primary",
                     theirs.slot.0, theirs.epoch.number, theirs.epoch.owner, mine.epoch.number
@@ -317,17 +316,16 @@ impl Core {
         out: &mut Actions,
     ) {
         let slot = self.peers[at].slot;
-        self.peers[at].is_primary = theirs.is_primary && theirs.epoch.number >= mine.epoch.number;
-        let follows = match &decision.outcome {
-            Outcome::Nothing => true,
-            Outcome::Copy(plan) => plan.target == self.slot,
-            _ => false,
+        let target = match &decision.outcome {
+            Outcome::Copy(plan) => Some(plan.target),
+            _ => None,
         };
-        if self.peers[at].is_primary
-            && !self.is_primary_like()
-            && follows
-            && self.sb.epoch_gate != theirs.epoch
-        {
+        // A target stops being primary: who is to fill it does not follow it.
+        self.peers[at].is_primary =
+            theirs.is_primary && theirs.epoch.number >= mine.epoch.number && target != Some(slot);
+        let follows = target == Some(self.slot)
+            || (decision.outcome == Outcome::Nothing && !self.is_primary_like());
+        if self.peers[at].is_primary && follows && self.sb.epoch_gate != theirs.epoch {
             // Both took the same number, and only that copy was promoted in it: its frames are the ones to take.
             self.sb.epoch_gate = theirs.epoch;
         }
@@ -443,7 +441,8 @@ impl Core {
             return self.diskless_agreed(at, out);
         }
         let follows_third = self.follows_third(at);
-        if self.peers[at].dirty_bits() > 0 && !follows_third {
+        let marked = self.peers[at].dirty_bits() > 0 && !planted!("marks-forgotten-at-agreement");
+        if marked && !follows_third {
             return self.meet_again(at, "writes came during the greeting", out);
         }
         if self.is_primary_like() && self.peers[at].told_generation != self.generation() {

@@ -116,7 +116,6 @@ mod on {
         defect("generation-acknowledged-early", "D10", "a generation is acknowledged before it is on the disk"),
         defect("complete-not-durable", "D2, D8", "a target says it is complete before that is on the disk"),
         defect("joined-not-durable", "C1, D2", "a copy hears that it is in S before that is on the primary's disk"),
-        defect("attach-not-durable", "D7, D17", "a copy meets others before its start is on the disk"),
         defect("rolled-back-not-durable", "D12", "the undo is erased before the superblock says that it was used"),
         defect("undo-lost-not-durable", "D12", "blocks are overwritten unsaved before the superblock says so"),
         defect("fua-is-plain", "D2", "FUA is treated as a plain write"),
@@ -140,13 +139,30 @@ mod on {
         defect("stale-list-used", "D7, D9", "a bitmap that does not reach back is used"),
         defect("old-disk-not-seen", "D9", "a disk that went back in time is not noticed"),
         defect("non-member-has-all", "D9, C1", "a copy outside S counts as having every write"),
-        defect("either-unclean-copy-wins", "D9, C1", "of two copies that stopped uncleanly, any is the source"),
-        defect("superseded-goes-on", "C1", "a primary that hears of a newer epoch goes on"),
         defect("write-error-ignored", "D14", "a write that the disk refused counts as done"),
         defect("apply-error-ignored", "D14", "a replicated write that the disk refused counts as done"),
         defect("flush-error-ignored", "D2, D14", "a flush that failed counts as done"),
         defect("replayed-frame-applied", "D14, D17", "a frame that came before is applied again"),
         defect("old-session-heard", "D14", "frames of a connection that is over are applied"),
+        defect("marks-forgotten-at-agreement", "D7", "copies agree that nothing differs although blocks were marked meanwhile"),
+        defect("damaged-bitmap-is-clean", "D7, D16", "a damaged bitmap counts as empty"),
+        defect("damaged-log-overlooked", "D7, D16", "a damaged activity log counts as empty"),
+        defect("missing-log-overlooked", "D7", "a run that kept no activity log is taken for one that did"),
+        defect("damaged-undo-restored", "D12, D16", "a damaged block of the undo log is restored"),
+        defect("one-superblock-slot", "D16", "the superblock is always written to the same slot"),
+        defect("stopped-before-bits", "D7", "a copy stops in order before its bits are durable"),
+        defect("second-stop-settles-the-first", "D7, D9", "a clean stop after an unclean one counts as clean"),
+        defect("fork-not-compared", "D9, D10", "a follower takes a generation that forks at another place than where it stands"),
+        defect("epoch-taken-twice", "C3", "a promotion takes the number of the epoch before it"),
+        defect("no-generation-without-the-peer", "D9, D10", "S loses a member and no generation begins"),
+        defect("flush-overtakes-writes", "D2, D3", "the peer flushes before the writes that come before the flush are done"),
+        defect("acknowledged-before-written", "D1", "the peer acknowledges a write before its disk has it"),
+        defect("flush-covers-too-much", "D2, D7", "a flush is taken to cover what was written while it ran"),
+        defect("stable-without-the-peer", "C9", "the stable position does not wait for the other members of S"),
+        defect("resync-reads-through-writes", "D4, D8", "a resync reads a block that is being written"),
+        defect("mirrored-before-copied", "D8", "a write is mirrored into a block that is still to be copied"),
+        defect("inconsistent-is-promoted", "D11", "a copy in the middle of a resync is promoted"),
+        defect("outside-s-is-promoted", "C1, D11", "a copy outside S goes on unasked"),
     ];
 
     const NONE: usize = usize::MAX;
@@ -220,7 +236,6 @@ pub(crate) fn flush_left_out(waiter: &FlushFor) -> bool {
 /// A defect: what waits for this superblock goes on before it is durable.
 pub(crate) fn commit_not_awaited(then: &Then) -> bool {
     match then {
-        Then::Attached => planted!("attach-not-durable"),
         Then::TargetRecorded { .. } => planted!("target-not-recorded"),
         Then::SourceRecorded { .. } => planted!("source-not-recorded"),
         Then::PeerDropped => planted!("drop-not-durable"),

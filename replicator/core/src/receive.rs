@@ -477,6 +477,9 @@ impl Core {
         let (volume, offset, length) = (op.volume, op.offset, op.length);
         if in_order {
             self.issued = position;
+            if planted!("acknowledged-before-written") {
+                add_run(&mut self.peers[at].inbox.write_acks, position);
+            }
         }
         let tracked = in_order && self.tracks(at);
         if let Some(Op::Apply(op)) = self.ops.get_mut(key) {
@@ -735,7 +738,7 @@ impl Core {
                 .iter()
                 .take_while(|b| b.0 < ticket)
                 .any(|b| !b.2 && !inbox.flushing.contains(&b.0));
-            if open {
+            if open && !planted!("flush-overtakes-writes") {
                 break;
             }
             inbox.pending_flushes.remove(0);

@@ -72,9 +72,14 @@ impl Core {
             });
             // The chunk is read as if it were a write: no write to it is in flight meanwhile, so what is sent is
             // what the disk holds, and what comes later is mirrored behind it (D8).
+            let ordered = if planted!("resync-reads-through-writes") {
+                0
+            } else {
+                length
+            };
             if self
                 .overlap
-                .insert(key, volume.0, offset, u64::from(length))
+                .insert(key, volume.0, offset, u64::from(ordered))
                 == 0
             {
                 self.resync_read_ready(key, out);

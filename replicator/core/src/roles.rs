@@ -286,7 +286,7 @@ impl Core {
         out: &mut Actions,
     ) {
         let epoch = Epoch {
-            number: self.sb.epoch_gate.number + 1,
+            number: self.sb.epoch_gate.number + u64::from(!planted!("epoch-taken-twice")),
             owner: self.slot.0,
         };
         self.role = Role::Promoting;
@@ -762,7 +762,10 @@ impl Core {
             return;
         }
         let established = matches!(self.peers[at].relation, Relation::Established);
-        if established && (self.issued != header.position || self.peers[at].dirty_bits() > 0) {
+        if established
+            && !planted!("fork-not-compared")
+            && (self.issued != header.position || self.peers[at].dirty_bits() > 0)
+        {
             // It forked at another place than where we stand: one of us holds what the other lacks.
             self.sb.epoch_gate = header.epoch;
             self.commit(Then::Nothing, out);
@@ -784,6 +787,9 @@ impl Core {
                 generation,
             );
         }
+        // A target whose Complete is on its way to the disk: that names the generations before this one.
+        let completing = matches!(self.peers[at].relation, Relation::Target)
+            && self.sb.state == CopyState::Complete;
         match self.peers[at].relation {
             // An earlier primary announced it already.
             Relation::Established if self.sb.generations.iter().any(|g| g.id == generation.id) => {
@@ -796,7 +802,7 @@ impl Core {
                     out,
                 );
             }
-            Relation::Target | Relation::TargetPreparing => {
+            Relation::Target | Relation::TargetPreparing if !completing => {
                 // Recorded with Complete; until then this copy is a target of the source's line anyway.
                 self.sb.target_of = generation.id;
                 self.peers[at].target.generation_base = Some(header.position);
@@ -809,7 +815,7 @@ impl Core {
                     out,
                 );
             }
-            Relation::Established => {
+            Relation::Established | Relation::Target => {
                 if generation.parent != self.generation() {
                     self.bad_frame(at, "a generation that does not grow from ours", out);
                     return;
@@ -970,8 +976,10 @@ impl Core {
         self.sb.in_sync = self.sb.in_sync.with(self.slot);
         self.sb.in_sync_version += 1;
         self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
-        self.new_generation(GenerationCause::PeerLost);
-        self.generation_committing = true;
+        if !planted!("no-generation-without-the-peer") {
+            self.new_generation(GenerationCause::PeerLost);
+            self.generation_committing = true;
+        }
         let text = format!(
             "{} left the in-sync set, in it are {}: degraded, the service goes on",
             words::copies(missing),

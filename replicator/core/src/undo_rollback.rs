@@ -145,7 +145,8 @@ impl Core {
         if !wanted || self.failed {
             return out.push(Action::ReleaseBuf { buf });
         }
-        if entry.content != (OldContent::Saved { crc }) {
+        let damaged = entry.content != (OldContent::Saved { crc });
+        if damaged && !planted!("damaged-undo-restored") {
             out.push(Action::ReleaseBuf { buf });
             let text = format!(
                 "what the undo log holds for volume {} at byte {} is damaged",

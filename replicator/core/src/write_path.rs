@@ -513,7 +513,9 @@ impl Core {
                 }
                 // Blocks still to be copied are copied later (D8); mirrored writes never wait for a slow target.
                 let dirty = peer.bitmaps[volume.0 as usize].any_set(offset, length);
-                let covered = !dirty || chunks_cover(peer, volume, offset, length);
+                let covered = !dirty
+                    || chunks_cover(peer, volume, offset, length)
+                    || planted!("mirrored-before-copied");
                 let mirrored = covered && peer.unacked_bytes + length <= limit;
                 if !mirrored {
                     for chunk in &mut peer.source.chunks {

@@ -443,3 +443,76 @@ fn a_follower_is_refused_before_the_first_epoch() {
         ok(w.promote(0, false));
     }
 }
+
+/// D1, D7: two copies were promoted with one epoch number, apart from each other, and the one that wrote nothing becomes
+/// the target of the other. What the other sends it later and loses with the link is remembered as lost.
+#[test]
+fn a_primary_that_fills_another_primary_does_not_take_it_for_its_own() {
+    for seed in 0..10 {
+        let mut w = copies(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Continue);
+        ok(w.promote(1, false));
+        written(&mut w, 1, 1, 1);
+        cut(&mut w, 0, 1);
+        written(&mut w, 1, 2, 2);
+        w.crash(1, false);
+        w.start(1);
+        ok(w.promote(1, false));
+        ok(w.promote(0, true));
+        assert_eq!(epoch(&w, 0).number, epoch(&w, 1).number, "the same number");
+        w.cut.clear();
+        w.until("copy 0 follows", 40_000, |w| {
+            role(w, 0) == Some(Role::Secondary) && w.settled(&[0, 1])
+        });
+        let lost = block(&mut w, 1, 5, 9);
+        w.drop_link(0, 1, "a blip");
+        w.until("it completes without copy 0", 40_000, |w| {
+            w.status_of(1, lost).is_some()
+        });
+        assert_eq!(w.status_of(1, lost), Some(Status::Ok));
+        w.until("copy 0 is back", 40_000, |w| w.settled(&[0, 1]));
+        w.steps(2000);
+        same(&w, 0, 1);
+    }
+}
+
+/// D10: a generation begins at the source while the target's Complete is on its way to the target's disk. The target holds
+/// it durably before anything completes in it.
+#[test]
+fn a_generation_that_begins_at_the_end_of_a_resync_is_not_forgotten() {
+    let mut close = 0;
+    for seed in 0..150 {
+        let mut w = copies(
+            seed,
+            &[Mode::Sync, Mode::Sync, Mode::Async],
+            OnPeerLoss::Suspend,
+        );
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 2);
+        cut(&mut w, 1, 2);
+        written(&mut w, 0, 2, 2);
+        ok(w.command(0, Command::Demote));
+        w.cut.clear();
+        w.until("copy 2 is filled", 40_000, |w| {
+            on_disk(w, 2).state == CopyState::Inconsistent
+        });
+        let some = w.rng.below(120) as usize;
+        w.steps(some);
+        close += usize::from(on_disk(&w, 2).state == CopyState::Inconsistent);
+        if w.promote(0, false).is_err() {
+            continue;
+        }
+        written(&mut w, 0, 3, 3);
+        let core = w.nodes[0].core.as_ref().expect("a process");
+        let generation = core.probe().generation;
+        let link = |n: usize, m: u8| {
+            let core = w.nodes[n].core.as_ref().expect("a process");
+            core.probe_peer(Slot(m)).map_or("", |p| p.0)
+        };
+        if link(0, 2) == "established" && link(2, 0) == "established" {
+            let known = on_disk(&w, 2).generations;
+            assert!(known.iter().any(|g| g.id == generation), "seed {seed}");
+        }
+    }
+    assert!(close > 30, "{close} of 150 runs come close");
+}

@@ -132,20 +132,18 @@ pub(super) fn wrote_here(f: &Facts) -> bool {
 /// it holds if that base is `shared` or lies before it in the owner's history.
 pub(super) fn list_usable(of: &Facts, toward: &Facts, shared: GenerationId) -> bool {
     let p = &of.about_peer;
-    if planted!("stale-list-used") {
-        return true;
-    }
-    p.known
+    let usable = p.known
         && p.disk == toward.disk
         && !p.full_copy
         && p.bitmap_base != NO_GENERATION
-        && history::at_or_before(of, p.bitmap_base, shared)
+        && history::at_or_before(of, p.bitmap_base, shared);
+    usable || planted!("stale-list-used")
 }
 
 /// Signs that the disk of `y` went back in time, in words.
 pub(super) fn went_back(y: &Facts, x: &Facts, store: Option<&StoreRecord>) -> Option<String> {
     let known = &x.about_peer;
-    let same_disk = known.known && known.disk == y.disk && !planted!("old-disk-not-seen");
+    let same_disk = known.known && known.disk == y.disk;
     if same_disk && known.attach_counter > y.attach_counter {
         return Some(format!(
             "it was attached {} times, and slot {} has seen attachment {}",

@@ -102,7 +102,7 @@ pub fn may_promote(
                 may_lose: "everything any other copy of this service holds: this one starts from what its disk reads now".into(),
             })
         }
-        _ if mid_resync(me) => inconsistent(me, force),
+        _ if mid_resync(me) && !planted!("inconsistent-is-promoted") => inconsistent(me, force),
         CopyState::Outdated => Err(refusal(
             format!(
                 "this copy is known to be behind (generation {}, position {})",
@@ -234,7 +234,7 @@ fn settled(
             me,
         );
     }
-    if !whole(in_s) || !in_s {
+    if (!whole(in_s) || !in_s) && !planted!("outside-s-is-promoted") {
         return by_force(
             force,
             format!(

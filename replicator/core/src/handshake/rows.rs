@@ -258,7 +258,9 @@ impl<'a> Meeting<'a> {
 
     /// Row 5.
     fn restored(&self) -> Option<Decision> {
-        let signs = self.ways().map(|(x, y)| went_back(y, x, self.store));
+        let signs = self
+            .ways()
+            .map(|(x, y)| went_back(y, x, self.store).filter(|_| !planted!("old-disk-not-seen")));
         let (x, y, sign) = match signs {
             [None, None] => return None,
             [Some(_), Some(_)] => {
@@ -481,7 +483,7 @@ impl<'a> Meeting<'a> {
         }
         // A generation is made by the one copy that writes in it, so at most one of the two qualifies.
         for (x, y) in self.ways() {
-            if wrote_here(x) && !planted!("either-unclean-copy-wins") {
+            if wrote_here(x) {
                 let why = format!(
                     "{both}; slot {} was the primary of this generation",
                     x.slot.0
