@@ -638,7 +638,14 @@ impl World {
     }
 
     fn at_rest(&self) -> bool {
-        self.clients.open() == 0 && self.settled()
+        // An asynchronous copy has everything once nothing waits to be stable.
+        let stable = self.nodes.iter().all(|n| {
+            n.core.as_ref().is_none_or(|c| {
+                let probe = c.probe();
+                probe.role != Role::Primary || probe.window_entries == 0
+            })
+        });
+        self.clients.open() == 0 && stable && self.settled()
     }
 
     /// All copies were seen equal: what one had lost is back, and no old branch is left.
