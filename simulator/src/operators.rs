@@ -585,6 +585,10 @@ impl World {
                 self.operators.visits[node] = 0;
                 continue;
             }
+            if relation == "target" {
+                // It is being filled: slowly, perhaps.
+                continue;
+            }
             self.operators.visits[node] += 1;
             if self.undo_full(node) {
                 // The person gives up the undo: another setting, and the process anew.
@@ -639,10 +643,12 @@ impl World {
 
     fn at_rest(&self) -> bool {
         // An asynchronous copy has everything once nothing waits to be stable.
-        let stable = self.nodes.iter().all(|n| {
-            n.core.as_ref().is_none_or(|c| {
-                let probe = c.probe();
-                probe.role != Role::Primary || probe.window_entries == 0
+        let stable = (0..self.nodes.len()).all(|n| {
+            self.nodes[n].core.as_ref().is_none_or(|c| {
+                let status = c.status(self.local(n));
+                status.role != Role::Primary
+                    || status.stable_position >= status.position
+                    || c.probe().window_entries == 0
             })
         });
         self.clients.open() == 0 && stable && self.settled()

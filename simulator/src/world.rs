@@ -1176,7 +1176,7 @@ impl World {
     fn rot(&mut self, node: usize, rot: crate::plan::Rot) {
         use crate::plan::Rot;
         let mut rng = self.disk_rng.clone();
-        let layout = self.layouts[0].clone();
+        let layout = self.layouts[0];
         let log_end = layout.activity_log_offset + u64::from(layout.activity_log_blocks) * 4096;
         let volume = rng.index(self.layouts.len()) as u16;
         let disk = &mut self.nodes[node].disk;
