@@ -8,7 +8,7 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str =
     "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--without KIND,KIND]
-       simulator mutants [--seeds N] [--json] [--list] [--threads T] [NAME...]
+       simulator mutants [--seeds N] [--json] [--list] [--all] [--threads T] [NAME...]
        simulator --seed S [--no-shrink] [--everything] [--repeat] [--without KIND,KIND]
 
 Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 if a seed fails.
@@ -102,6 +102,7 @@ fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, St
         seeds: 2000,
         json: false,
         list: false,
+        all: false,
         threads: threads(),
         names: Vec::new(),
     };
@@ -118,6 +119,7 @@ fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, St
             "--threads" => a.threads = number()?.clamp(1, 64) as usize,
             "--json" => a.json = true,
             "--list" => a.list = true,
+            "--all" => a.all = true,
             other if other.starts_with('-') => return Err(format!("unknown argument {other}")),
             _ => a.names.push(word),
         }

@@ -10,17 +10,20 @@ pub struct Arguments {
     pub seeds: u64,
     pub json: bool,
     pub list: bool,
+    /// Also those that are known not to be noticed.
+    pub all: bool,
     pub threads: usize,
     /// Only these; all if empty.
     pub names: Vec<String>,
 }
 
 pub const USAGE: &str =
-    "usage: simulator mutants [--seeds N] [--json] [--list] [--threads T] [NAME...]
+    "usage: simulator mutants [--seeds N] [--json] [--list] [--all] [--threads T] [NAME...]
 
 Plants one defect after the other into the core and runs seeds until the oracle notices it. Exit 1 if one is never noticed.
 --seeds N     tries so many seeds for each (default 2000)
---list        names the defects";
+--list        names the defects
+--all         also plants those that are known not to be noticed (docs/simulator.md)";
 
 #[cfg(not(feature = "planted"))]
 pub use build::run;
@@ -79,7 +82,7 @@ mod build {
 mod hunt {
     use super::Arguments;
     use crate::{Plan, Trace, run_with};
-    use holdfast_replicator_core::planted::DEFECTS;
+    use holdfast_replicator_core::planted::{DEFECTS, Defect};
     use std::collections::BTreeMap;
     use std::process::ExitCode;
     use std::sync::Mutex;
@@ -103,8 +106,13 @@ mod hunt {
 
     /// Runs the chosen defects. Success if the oracle notices every one.
     pub fn run(arguments: &Arguments) -> ExitCode {
-        let wanted =
-            |name: &str| arguments.names.is_empty() || arguments.names.iter().any(|n| n == name);
+        let wanted = |d: &Defect| {
+            if arguments.names.is_empty() {
+                d.noticed || arguments.all
+            } else {
+                arguments.names.iter().any(|n| n == d.name)
+            }
+        };
         for name in &arguments.names {
             if !DEFECTS.iter().any(|d| d.name == name) {
                 eprintln!("no defect is called {name}");
@@ -112,12 +120,12 @@ mod hunt {
             }
         }
         if arguments.list {
-            for d in DEFECTS.iter().filter(|d| wanted(d.name)) {
+            for d in DEFECTS.iter().filter(|d| wanted(d)) {
                 println!("{:32} {:10} {}", d.name, d.breaks, d.what);
             }
             return ExitCode::SUCCESS;
         }
-        let hunts = DEFECTS.iter().enumerate().filter(|(_, d)| wanted(d.name));
+        let hunts = DEFECTS.iter().enumerate().filter(|(_, d)| wanted(d));
         let hunts: Vec<Hunt> = hunts
             .map(|(defect, _)| Hunt {
                 defect,
