@@ -590,6 +590,8 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         congested: false,
         resync_paused: false,
         row: None,
+        forget_at: None,
+        stranger: None,
         member_here: false,
         again_since: None,
         handshake: String::new(),

@@ -675,6 +675,9 @@ impl Core {
         }
         let full = matches!(how, How::Full | How::FullByChecksum);
         self.peers[at].full_copy = full;
+        if full && !self.is_primary_like() {
+            self.peers[at].stranger = Some(self.sb.in_sync_version);
+        }
         let record = self.peers[at].record;
         // Also where a full copy goes on that was cut.
         self.peers[at].compare = how != How::Full && (full || self.sb.peers[record].full_copy);
@@ -866,6 +869,7 @@ impl Core {
         let slot = self.peers[at].slot;
         let relation = self.peers[at].relation.clone();
         let was_primary = std::mem::take(&mut self.peers[at].is_primary);
+        self.peers[at].forget_at = None;
         self.peers[at].session = None;
         self.peers[at].relation = Relation::Down;
         self.peers[at].last_error = reason.to_owned();

@@ -283,6 +283,10 @@ pub(crate) struct Peer {
     pub row: Option<crate::handshake::Row>,
     /// The session was ended to meet again, and the next one has not begun.
     pub again_since: Option<Time>,
+    /// This copy was filled by that primary up to here: what it marked meanwhile toward members of S goes when this is stable.
+    pub forget_at: Option<Position>,
+    /// Filled whole by this copy, without a primary, under this version of S: whoever S names in that slot was another disk.
+    pub stranger: Option<u64>,
     /// This copy was in S, as far as the two knew when they met.
     pub member_here: bool,
     pub handshake: String,

@@ -243,6 +243,7 @@ impl Core {
         }
         if header.stable_position > self.peers[at].inbox.stable && self.peers[at].is_primary {
             self.peers[at].inbox.stable = header.stable_position;
+            self.forget_marks(at);
             self.trim_window(out);
             self.pump_inbox(at, out);
         }
@@ -521,11 +522,12 @@ impl Core {
                 .peers
                 .iter()
                 .enumerate()
-                .any(|(other, p)| other != at && !self.sb.in_sync.contains(p.slot))
+                .any(|(other, _)| other != at && !self.counts_in_s(other))
     }
 
-    /// What a resync brings, copies outside S may lack: if its source is gone, this copy has to know (D7). The bits
-    /// are durable before the source hears of it and clears its own (`peer_flush_done`).
+    /// What a resync brings, any third copy may lack, a member of S too: the disk of a primary holds writes that no other
+    /// member got yet. If the source is gone, this copy has to know (D7); `forget_marks` and `equal` in `ResyncDone` end it.
+    /// The bits are durable before the source hears of it and clears its own (`peer_flush_done`).
     fn received_becomes_bits(&mut self, key: usize) {
         let Some(Op::Apply(op)) = self.ops.get(key) else {
             return;
@@ -533,10 +535,7 @@ impl Core {
         let (source, volume, offset, length) = (op.peer, op.volume, op.offset, op.length);
         for at in 0..self.peers.len() {
             let slot = self.peers[at].slot;
-            let from_primary = self
-                .peer_index(source)
-                .is_some_and(|s| self.peers[s].is_primary);
-            if slot != source && !(from_primary && self.sb.in_sync.contains(slot)) {
+            if slot != source {
                 self.set_bits(at, volume, offset, length);
             }
         }

@@ -507,7 +507,8 @@ impl Core {
         );
         self.send_body(at, FrameKind::CompleteAck, Body::Empty, out);
         if self.peers[at].is_primary {
-            return;
+            self.peers[at].forget_at = Some(self.peers[at].target.done_position);
+            return self.forget_marks(at);
         }
         // A primary speaks for all its followers. Filled by any other, this copy is not what it was when it agreed with the
         // rest: they meet again (D7, C1).

@@ -199,6 +199,37 @@ impl Core {
         }
     }
 
+    /// S names this peer, and the disk there is the one it means, as far as this copy knows.
+    pub(crate) fn counts_in_s(&self, at: usize) -> bool {
+        let peer = &self.peers[at];
+        let since = peer
+            .stranger
+            .is_none_or(|version| self.sb.in_sync_version > version);
+        since && self.sb.in_sync.contains(peer.slot)
+    }
+
+    /// What a resync from the primary `at` brought was marked toward everybody: it may hold writes that a member of S never
+    /// got. When all of it is stable, every member has it (a failover is not to cost them a copy of everything).
+    pub(crate) fn forget_marks(&mut self, at: usize) {
+        let peer = &self.peers[at];
+        let over = peer.is_primary
+            && matches!(peer.relation, Relation::Established)
+            && peer
+                .forget_at
+                .is_some_and(|position| peer.inbox.stable >= position);
+        if !over {
+            return;
+        }
+        self.peers[at].forget_at = None;
+        for other in 0..self.peers.len() {
+            if other != at && self.counts_in_s(other) {
+                for bitmap in &mut self.peers[other].bitmaps {
+                    bitmap.clear_all();
+                }
+            }
+        }
+    }
+
     /// A secondary tracks what copies outside S may lack (they follow on their own): a failover must not
     /// cost them a full resync. Cleared when that copy's resync from us ends.
     fn remember_for_others(&mut self, entry: &Entry) {
@@ -208,7 +239,7 @@ impl Core {
         for at in 0..self.peers.len() {
             let peer = &self.peers[at];
             if (!peer.is_primary || peer.diskless)
-                && !self.sb.in_sync.contains(peer.slot)
+                && !self.counts_in_s(at)
                 && !planted!("others-forgotten")
             {
                 self.set_bits(at, entry.volume, entry.offset, entry.length);
