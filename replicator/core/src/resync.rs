@@ -585,7 +585,16 @@ impl Core {
         // Both left: this copy was superseded, and the one that superseded it gave way to it. There is nobody else who could.
         let both_left =
             self.sb.in_sync.without(slot).is_empty() && (owner == slot.0 || owner == self.slot.0);
-        (member || both_left) && owner_known
+        // After a power cut this copy may lack what it acknowledged; the owner has it. A new member that did not lose power
+        // would pass for one that lacks nothing (C2).
+        let kept = !self.unclean_start
+            || owner == self.slot.0
+            || owner == slot.0
+            || self
+                .peers
+                .iter()
+                .any(|p| p.slot.0 == owner && matches!(p.relation, Relation::Established));
+        (member || both_left) && owner_known && kept
     }
 
     /// From here on every completion needs this copy's acknowledgement; when what was issued before has it
