@@ -1,0 +1,249 @@
+//! Three copies, each defect in the smallest story that shows it: who is in S, who may be promoted, and who fills whom
+//! when a third copy knows something that the other two do not. All were found by the simulator.
+
+mod world;
+
+use holdfast_replicator_core::api::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+use holdfast_wire_format::superblock;
+use world::*;
+
+const SIZE: u64 = 1 << 20;
+const FOLLOWED: [Mode; 3] = [Mode::Sync, Mode::Sync, Mode::Async];
+
+fn copies(seed: u64, modes: &[Mode]) -> World {
+    let mut w = World::new(seed, modes, OnPeerLoss::Suspend, &[SIZE], true);
+    for n in 0..modes.len() {
+        w.start(n);
+    }
+    w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
+    w
+}
+
+fn cut(w: &mut World, a: usize, b: usize) {
+    w.cut.push((a.min(b), a.max(b)));
+    w.drop_link(a, b, "cut");
+}
+
+fn write(w: &mut World, n: usize, block: u64, fill: u8) -> RequestId {
+    w.write(n, 0, block * BLOCK, vec![fill; BLOCK as usize], false)
+}
+
+fn written(w: &mut World, n: usize, block: u64, fill: u8) {
+    let request = write(w, n, block, fill);
+    w.until("the write completes", 20_000, |w| {
+        w.status_of(n, request).is_some()
+    });
+    assert_eq!(w.status_of(n, request), Some(Status::Ok));
+}
+
+fn ok(result: AdminResult) {
+    if let Err(refusal) = result {
+        panic!("{refusal}");
+    }
+}
+
+/// The newer superblock of a copy, as it is on the disk.
+fn on_disk(w: &World, n: usize) -> Superblock {
+    let slot = |offset| -> [u8; 4096] {
+        let block = &w.nodes[n].disk.meta[&(0, offset)];
+        block.as_slice().try_into().expect("4 KiB")
+    };
+    superblock::choose(&slot(0), &slot(4096))
+        .expect("a superblock")
+        .0
+}
+
+fn holds(w: &World, n: usize, block: u64, fill: u8) -> bool {
+    let at = (block * BLOCK) as usize;
+    w.nodes[n].disk.data[0][at..at + BLOCK as usize]
+        .iter()
+        .all(|b| *b == fill)
+}
+
+fn blank_disk(w: &mut World, n: usize, seed: u64) {
+    let mut fresh = World::new(
+        seed + 1_000_000,
+        &w.modes.clone(),
+        OnPeerLoss::Suspend,
+        &[SIZE],
+        false,
+    );
+    std::mem::swap(&mut w.nodes[n].disk, &mut fresh.nodes[n].disk);
+}
+
+/// C1, D13: the primary's disk failed and it goes on through one of two members of S. The other gets nothing any more,
+/// and neither a promotion there nor the server's agreement may make up for it.
+#[test]
+fn a_member_that_a_diskless_primary_left_behind_is_not_promoted() {
+    for seed in 0..20 {
+        let mut w = copies(seed, &[Mode::Sync; 3]);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        w.nodes[0].broken = true;
+        written(&mut w, 0, 1, 2);
+        // The write that met the failure was on its way to both; this one goes through the server alone.
+        written(&mut w, 0, 2, 2);
+        let server = (1..3)
+            .find(|n| on_disk(&w, *n).in_sync == SlotSet::only(Slot(*n as u8)))
+            .expect("one of them serves");
+        let other = 3 - server;
+        assert!(!holds(&w, other, 2, 2), "seed {seed}: nothing tells it");
+        w.crash(0, false);
+        if let Ok(text) = w.promote(other, false) {
+            assert!(holds(&w, other, 2, 2), "seed {seed}: {text}");
+            continue;
+        }
+        w.until("the two agree", 100_000, |w| w.settled(&[1, 2]));
+        ok(w.promote(server, false));
+        assert!(holds(&w, server, 2, 2), "seed {seed}");
+    }
+}
+
+/// C1: S names slots. A new disk in the slot of a member, filled by a copy outside S, is no member: the primary that
+/// stopped uncleanly is not filled from it.
+#[test]
+fn a_new_disk_in_the_slot_of_a_member_is_no_member() {
+    for seed in 0..20 {
+        let mut w = copies(seed, &FOLLOWED);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 2);
+        // Copies 0 and 1 alone have it, and only copy 0 keeps it.
+        written(&mut w, 0, 1, 2);
+        w.crash(0, false);
+        w.crash(1, false);
+        blank_disk(&mut w, 1, seed);
+        w.start(1);
+        w.until("copy 2 fills the new disk", 100_000, |w| {
+            on_disk(w, 1).state == CopyState::Complete && w.settled(&[1, 2])
+        });
+        w.cut.clear();
+        w.start(0);
+        w.until("all are whole", 400_000, |w| {
+            w.settled(&[0, 1, 2]) && w.up_to_date(0)
+        });
+        ok(w.promote(0, false));
+        assert!(holds(&w, 0, 1, 2), "seed {seed}: it was acknowledged");
+    }
+}
+
+/// C1: copy 2 was told S = {1}. Copy 0 came back to S since, and cannot be reached by copy 2: the agreement of copy 1
+/// alone is not enough, for copy 0 may be promoted too.
+#[test]
+fn every_member_that_any_of_them_knows_is_asked() {
+    let mut reached = 0;
+    for seed in 0..20 {
+        let mut w = copies(seed, &FOLLOWED);
+        ok(w.promote(1, false));
+        written(&mut w, 1, 1, 1);
+        cut(&mut w, 0, 2);
+        for n in 0..3 {
+            w.crash(n, true);
+        }
+        for n in 0..3 {
+            w.start(n);
+        }
+        w.until("copy 0 is back in S", 400_000, |w| {
+            w.settled(&[1, 2]) && w.settled(&[0, 1]) && w.up_to_date(0)
+        });
+        if on_disk(&w, 0).in_sync.contains(Slot(0)) {
+            reached += 1;
+            w.promote(2, false)
+                .expect_err("copy 0 is in S and was not asked");
+        }
+    }
+    assert!(reached > 0);
+}
+
+/// C1: who follows a primary asynchronously has left S, durably, before that primary serves.
+#[test]
+fn members_leave_s_before_an_asynchronous_copy_serves() {
+    for seed in 0..20 {
+        let mut w = copies(seed, &FOLLOWED);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        ok(w.command(0, Command::Demote));
+        w.until("copy 2 has everything", 100_000, |w| {
+            w.settled(&[0, 1, 2]) && holds(w, 2, 1, 1)
+        });
+        ok(w.promote(2, false));
+        for n in 0..2 {
+            let in_sync = on_disk(&w, n).in_sync;
+            assert!(
+                !in_sync.contains(Slot(n as u8)),
+                "seed {seed}: copy {n} counts itself to {in_sync:?}"
+            );
+        }
+    }
+}
+
+/// D7: a write that is parked, and so on the disk of the primary alone, reaches copy 2 by a resync. Copy 1, a member of
+/// S, never gets it; when the primary is gone, copy 2 has to know.
+#[test]
+fn what_a_resync_brought_is_known_toward_members_too() {
+    for seed in 0..20 {
+        let mut w = copies(seed, &FOLLOWED);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 1);
+        let parked = write(&mut w, 0, 1, 2);
+        w.steps(200);
+        assert_eq!(w.status_of(0, parked), None, "seed {seed}");
+        w.drop_link(0, 2, "a blip");
+        w.until("the block is there", 100_000, |w| holds(w, 2, 1, 2));
+        w.crash(0, false);
+        w.until("copies 1 and 2 are equal", 400_000, |w| {
+            let equal = w.nodes[1].disk.data == w.nodes[2].disk.data;
+            let one = w.settled(&[1, 2]) && on_disk(w, 2).state == CopyState::Complete;
+            if one {
+                assert!(equal, "seed {seed}: nobody knows that they differ");
+            } else if w.settled(&[1, 2]) && on_disk(w, 2).state == CopyState::Inconsistent {
+                // Nothing leads further without a promotion or a new meeting.
+                return true;
+            }
+            one
+        });
+        w.start(0);
+        w.cut.clear();
+        w.until("all are whole", 400_000, |w| {
+            w.settled(&[0, 1, 2]) && w.up_to_date(1)
+        });
+        ok(w.promote(1, false));
+        w.until("all follow", 400_000, |w| w.settled(&[0, 1, 2]));
+        let flush = w.flush(1);
+        w.until("flushed", 100_000, |w| w.status_of(1, flush).is_some());
+        for n in [0, 2] {
+            assert!(
+                w.nodes[1].disk.data == w.nodes[n].disk.data,
+                "seed {seed}: copy {n} differs"
+            );
+        }
+    }
+}
+
+/// C2: copy 0 lost power and with it what it had acknowledged; the primary, copy 2, is not there. A blank copy that copy 0
+/// fills did not lose power, and must not pass for one that lacks nothing.
+#[test]
+fn who_lost_power_admits_nobody_while_the_owner_is_away() {
+    for seed in 0..20 {
+        let mut w = copies(seed, &[Mode::Sync; 3]);
+        ok(w.promote(2, false));
+        written(&mut w, 2, 1, 1);
+        cut(&mut w, 0, 2);
+        cut(&mut w, 1, 2);
+        w.crash(0, true);
+        w.crash(1, false);
+        blank_disk(&mut w, 1, seed);
+        w.start(0);
+        w.start(1);
+        w.until("copy 1 is filled", 400_000, |w| {
+            on_disk(w, 1).state != CopyState::Blank
+                && on_disk(w, 1).state != CopyState::Inconsistent
+                && w.settled(&[0, 1])
+        });
+        w.promote(1, false)
+            .expect_err("it may lack what copy 0 lost");
+    }
+}
