@@ -845,8 +845,7 @@ impl Core {
         let Some(session) = self.peers[at].session else {
             return;
         };
-        self.peers[at].again_since =
-            (reconnect && code != GoodbyeCode::Shutdown).then_some(self.now);
+        self.peers[at].again_since = crate::peer::meets_at_once(code).then_some(self.now);
         out.push(Action::Close {
             peer: slot,
             session,

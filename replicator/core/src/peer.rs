@@ -349,6 +349,12 @@ pub(crate) fn add_run(runs: &mut Vec<(u64, u64)>, n: u64) {
     runs.push((n, n));
 }
 
+/// Whether a session that ends with this is ended to begin another one at once.
+pub(crate) fn meets_at_once(code: holdfast_wire_format::frame::GoodbyeCode) -> bool {
+    use holdfast_wire_format::frame::GoodbyeCode;
+    matches!(code, GoodbyeCode::Again | GoodbyeCode::OldEpoch)
+}
+
 #[cfg(test)]
 mod tests {
     use super::add_run;

@@ -642,7 +642,7 @@ impl Core {
         let Some(session) = peer.session else { return };
         let slot = peer.slot;
         peer.last_error = text.to_owned();
-        peer.again_since = reconnect.then_some(self.now);
+        peer.again_since = crate::peer::meets_at_once(code).then_some(self.now);
         out.push(Action::Close {
             peer: slot,
             session,

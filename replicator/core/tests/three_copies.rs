@@ -247,3 +247,40 @@ fn who_lost_power_admits_nobody_while_the_owner_is_away() {
             .expect_err("it may lack what copy 0 lost");
     }
 }
+
+/// A promotion waits for a copy that ended its session to meet again, and that copy dies before it does. With no link up
+/// nothing else would wake this one: it asks to be woken, and decides.
+#[test]
+fn a_promotion_does_not_wait_for_ever_for_a_copy_that_was_about_to_meet_again() {
+    for seed in 0..20 {
+        let modes = [Mode::Sync, Mode::Sync];
+        let mut w = World::new(seed, &modes, OnPeerLoss::Suspend, &[SIZE], true);
+        w.start(0);
+        w.start(1);
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1]));
+        ok(w.promote(0, false));
+        w.cut.push((0, 1));
+        w.admin(0, Command::Demote);
+        ok(w.command(
+            1,
+            Command::SetMode {
+                peer: Slot(0),
+                mode: Mode::SemiSync,
+            },
+        ));
+        w.crash(0, false);
+        let admin = w.admin(1, Command::Promote { force: true });
+        for _ in 0..100 {
+            if w.nodes[1].admin.contains_key(&admin) {
+                break;
+            }
+            let core = w.nodes[1].core.as_ref().expect("a process");
+            let waits = core.deadline().is_some() || !w.nodes[1].pending.is_empty();
+            assert!(waits, "seed {seed}: nothing wakes it");
+            w.step();
+        }
+        w.until("the promotion is answered", 20_000, |w| {
+            w.nodes[1].admin.contains_key(&admin)
+        });
+    }
+}
