@@ -228,49 +228,55 @@ struct LogFile {
     path: PathBuf,
     file: File,
     size: u64,
+    /// The file ends within a line, which must not swallow the next one.
+    torn: bool,
     line: Vec<u8>,
 }
 
 impl LogFile {
     fn open(path: PathBuf) -> io::Result<LogFile> {
-        let (file, size) = Self::open_end(&path)?;
+        let (file, size, torn) = Self::open_end(&path)?;
         Ok(LogFile {
             path,
             file,
             size,
+            torn,
             line: Vec::with_capacity(1024),
         })
     }
 
-    fn open_end(path: &Path) -> io::Result<(File, u64)> {
-        let mut file = OpenOptions::new()
+    /// Writes nothing: a log whose filesystem is full keeps no node from starting.
+    fn open_end(path: &Path) -> io::Result<(File, u64, bool)> {
+        let file = OpenOptions::new()
             .create(true)
             .append(true)
             .read(true)
             .mode(0o640)
             .open(path)?;
         let size = file.metadata()?.len();
-        // A torn last line must not swallow the next one.
+        let mut last = [b'\n'];
         if size > 0 {
             use std::os::unix::fs::FileExt;
-            let mut last = [0];
             file.read_exact_at(&mut last, size - 1)?;
-            if last != [b'\n'] {
-                file.write_all(b"\n")?;
-            }
         }
-        Ok((file, size))
+        Ok((file, size, last != [b'\n']))
     }
 
     fn write(&mut self, event: &EventReport) -> io::Result<()> {
         self.line.clear();
+        if self.torn {
+            self.line.push(b'\n');
+        }
         serde_json::to_writer(&mut self.line, event)?;
         self.line.push(b'\n');
         if self.size > 0 && self.size + self.line.len() as u64 > FILE_BYTES {
             self.rotate()?;
         }
         // One write call per line: a reader of the file never sees half a line from two writers.
+        // A full filesystem may take a part of it; an empty line more costs nothing.
+        self.torn = true;
         self.file.write_all(&self.line)?;
+        self.torn = false;
         self.size += self.line.len() as u64;
         Ok(())
     }
@@ -288,7 +294,7 @@ impl LogFile {
             }
         }
         std::fs::rename(&self.path, name(1))?;
-        (self.file, self.size) = Self::open_end(&self.path)?;
+        (self.file, self.size, self.torn) = Self::open_end(&self.path)?;
         Ok(())
     }
 }

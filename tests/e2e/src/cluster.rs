@@ -1,13 +1,16 @@
 //! N nodes on this machine, each a real `holdfast replicator` with its own directory, identity, loopback address and disk,
 //! set up through the command line as on N machines.
 
+use crate::evidence;
 use crate::faults::Faults;
 use crate::loop_device::LoopDevice;
+use crate::mounts::SmallFilesystem;
 use crate::nbd::{Nbd, NbdError};
 use crate::process::{self, spawn};
 use crate::programs;
+use crate::relay::Relay;
 use holdfast_replicator::control::protocol::{
-    LinkName, NodeStatus, PeerReport, RoleName, ServiceReport, StateName,
+    LinkName, NodeStatus, PeerReport, RoleName, ServiceReport,
 };
 use std::io::{BufRead as _, BufReader};
 use std::net::{Ipv4Addr, UdpSocket};
@@ -63,6 +66,21 @@ pub struct Settings {
     pub later: Vec<usize>,
     /// Services beside the one described above, with a copy on every node and the same tuning.
     pub others: Vec<crate::services::Service>,
+    /// Two nodes reach each other through a [`Relay`] that makes its choices by this seed.
+    pub relay: Option<u64>,
+    /// Filesystems of so many bytes under a part of a node's files. Needs root.
+    pub small: Vec<(usize, Part, u64)>,
+}
+
+/// A part of a node's files that can lie on a filesystem of its own.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Part {
+    /// The state directory, on a tmpfs.
+    State,
+    /// The backings of the volumes, with internal metadata, on ext4.
+    Backings,
+    /// External metadata, on ext4.
+    Metadata,
 }
 
 impl Default for Settings {
@@ -84,6 +102,8 @@ impl Default for Settings {
             log: "info",
             later: Vec::new(),
             others: Vec::new(),
+            relay: None,
+            small: Vec::new(),
         }
     }
 }
@@ -91,9 +111,19 @@ impl Default for Settings {
 /// Nodes that were made, joined, given their volumes and started.
 pub struct Cluster {
     pub nodes: Vec<Node>,
-    addresses: Vec<Ipv4Addr>,
+    addresses: Addresses,
     service_id: String,
+    relay: Option<Relay>,
     directory: Option<tempfile::TempDir>,
+}
+
+/// Where the nodes' links are.
+#[derive(Clone, Debug)]
+pub(crate) struct Addresses {
+    /// By slot: where it listens.
+    listen: Vec<Ipv4Addr>,
+    /// By slot: where others find it.
+    pub(crate) reach: Vec<Ipv4Addr>,
 }
 
 impl Index<usize> for Cluster {
@@ -162,11 +192,20 @@ impl Cluster {
             Backing::Faults => programs::holdfast_with_faults(),
             _ => programs::holdfast(),
         };
-        let addresses = addresses(settings.nodes);
+        let listen = addresses(settings.nodes);
+        let reach = match settings.relay {
+            Some(_) => addresses(settings.nodes),
+            None => listen.clone(),
+        };
+        let relay = settings.relay.map(|seed| {
+            let pair = |all: &[Ipv4Addr]| all.try_into().expect("a relay is for two nodes");
+            Relay::start(pair(&listen), pair(&reach), LINK_PORT, seed)
+        });
+        let addresses = Addresses { listen, reach };
         let service_id = format!("{:032x}", 0x5e51_ce00 + u128::from(std::process::id()));
         let nodes: Vec<Node> = (0..settings.nodes)
             .map(|slot| {
-                let node = Node {
+                let mut node = Node {
                     name: NAMES[slot],
                     slot: slot as u8,
                     directory: directory.path().join(NAMES[slot]),
@@ -174,9 +213,15 @@ impl Cluster {
                     settings: settings.clone(),
                     environment: Vec::new(),
                     loops: Vec::new(),
+                    small: Vec::new(),
                     child: None,
                 };
                 std::fs::create_dir_all(node.path("faults")).expect("a directory");
+                for (_, part, bytes) in settings.small.iter().filter(|small| small.0 == slot) {
+                    let place = node.path(part.directory());
+                    node.small
+                        .push((*part, SmallFilesystem::mount(&place, *part, *bytes)));
+                }
                 node
             })
             .collect();
@@ -184,6 +229,7 @@ impl Cluster {
             nodes,
             addresses: addresses.clone(),
             service_id: service_id.clone(),
+            relay,
             directory: Some(directory),
         };
         for node in &mut cluster.nodes {
@@ -230,6 +276,15 @@ impl Cluster {
         self.nodes[newcomer].must(&["volume", "create", SERVICE]);
     }
 
+    /// What is between the nodes.
+    ///
+    /// # Panics
+    /// Nothing is.
+    #[track_caller]
+    pub fn relay(&self) -> &Relay {
+        self.relay.as_ref().expect("a relay")
+    }
+
     /// Where the cluster's files are.
     pub fn directory(&self) -> &Path {
         self.directory.as_ref().expect("not yet dropped").path()
@@ -252,25 +307,12 @@ impl Cluster {
 
     /// Waits until the primary counts all these copies in sync, with nothing dirty and no resync, and each of them says
     /// that it is UpToDate.
+    ///
+    /// # Panics
+    /// Nothing came nearer to that within the patience, or too much time passed in all.
     #[track_caller]
     pub fn until_in_sync(&self, primary: usize, copies: &[usize]) {
-        let slots: Vec<u8> = copies.iter().map(|slot| *slot as u8).collect();
-        self.nodes[primary].until("the copies are in sync", |service| {
-            service.role == RoleName::Primary
-                && service.in_sync == slots
-                && (service.in_sync_pending.is_empty() || service.in_sync_pending == slots)
-                && service.peers.iter().all(|peer| {
-                    !slots.contains(&peer.slot)
-                        || peer.link == LinkName::Established
-                            && peer.dirty_bytes == 0
-                            && peer.resync.is_none()
-                })
-        });
-        for &at in copies {
-            self.nodes[at].until("its copy is UpToDate", |service| {
-                service.state == StateName::UpToDate
-            });
-        }
+        self.until_service_in_sync(SERVICE, primary, copies);
     }
 
     /// Has `verify` compare the copies while they run, from the primary.
@@ -346,16 +388,22 @@ impl Drop for Cluster {
         let failed = std::thread::panicking();
         for node in &mut self.nodes {
             if failed {
+                if node.is_running() {
+                    node.thaw();
+                }
                 eprintln!("--- {} ---\n{}", node.name, node.screen());
                 eprintln!("{}", node.log_tail(60));
             }
             node.kill();
         }
-        if let Some(directory) = self.directory.take()
-            && failed
-            && std::env::var_os("HOLDFAST_KEEP").is_some()
-        {
-            eprintln!("kept: {}", directory.keep().display());
+        if failed {
+            if let Some(relay) = &self.relay {
+                eprintln!("--- the relay ---\n{:?}", relay.counts());
+            }
+            evidence::keep(self.directory());
+        }
+        for node in &mut self.nodes {
+            node.small.clear();
         }
     }
 }
@@ -395,7 +443,18 @@ pub struct Node {
     /// Added to the replicator's environment.
     pub environment: Vec<(String, String)>,
     loops: Vec<LoopDevice>,
+    small: Vec<(Part, SmallFilesystem)>,
     child: Option<Child>,
+}
+
+impl Part {
+    fn directory(self) -> &'static str {
+        match self {
+            Part::State => "state",
+            Part::Backings => "backings",
+            Part::Metadata => "metadata",
+        }
+    }
 }
 
 impl Node {
@@ -406,7 +465,23 @@ impl Node {
 
     /// The file under a volume (with a loop device between, if there is one). Metadata may follow the data.
     pub fn image(&self, volume: &str) -> PathBuf {
-        self.path(&format!("{volume}.img"))
+        self.place(Part::Backings).join(format!("{volume}.img"))
+    }
+
+    /// Where files of that kind are.
+    fn place(&self, part: Part) -> PathBuf {
+        if self.small.iter().any(|(small, _)| *small == part) {
+            self.path(part.directory())
+        } else {
+            self.directory.clone()
+        }
+    }
+
+    /// The small filesystem under a part of its files.
+    #[track_caller]
+    pub fn small(&self, part: Part) -> &SmallFilesystem {
+        let found = self.small.iter().find(|(small, _)| *small == part);
+        &found.expect("a small filesystem").1
     }
 
     /// The volume's bytes as they are on this node's disk.
@@ -430,7 +505,7 @@ impl Node {
         found.expect("a volume of the cluster").1
     }
 
-    fn configure(&mut self, addresses: &[Ipv4Addr], service_id: &str) {
+    fn configure(&mut self, addresses: &Addresses, service_id: &str) {
         let slot = usize::from(self.slot);
         let settings = self.settings.clone();
         let quoted = |path: PathBuf| format!("{:?}", path.display().to_string());
@@ -440,7 +515,7 @@ impl Node {
              [[service]]\nname = \"{SERVICE}\"\nid = {service_id:?}\nslot = {slot}\nmode = {:?}\non_peer_loss = {:?}\n",
             self.name,
             quoted(self.path("state")),
-            addresses[slot],
+            addresses.listen[slot],
             quoted(self.path("control.sock")),
             quoted(self.path("nbd.sock")),
             settings.mode,
@@ -463,7 +538,7 @@ impl Node {
             if settings.external_metadata {
                 text += &format!(
                     "metadata = {}\n",
-                    quoted(self.path(&format!("{volume}.meta")))
+                    quoted(self.place(Part::Metadata).join(format!("{volume}.meta")))
                 );
             }
             if let Some(bytes) = settings.sector_size {
@@ -474,7 +549,7 @@ impl Node {
         for other in (0..settings.nodes).filter(known) {
             text += &format!(
                 "[[service.peer]]\nnode = {:?}\nslot = {other}\naddresses = [\"{}:{LINK_PORT}\"]\n",
-                NAMES[other], addresses[other]
+                NAMES[other], addresses.reach[other]
             );
             if settings.asynchronous.contains(&other) || settings.asynchronous.contains(&slot) {
                 text += "mode = \"async\"\n";
@@ -487,7 +562,7 @@ impl Node {
             }
         }
         for (number, service) in settings.others.iter().enumerate() {
-            text += &self.further_service(number, service, addresses);
+            text += &self.further_service(number, service, &addresses.reach);
         }
         std::fs::write(self.path("holdfast.toml"), text).expect("a configuration file");
     }
@@ -677,7 +752,17 @@ impl Node {
 
     #[track_caller]
     pub(crate) fn until_some<T>(&self, what: &str, mut look: impl FnMut(&Node) -> Option<T>) -> T {
-        let start = Instant::now();
+        let deadline = Instant::now() + PATIENCE;
+        self.until_some_by(what, |node| look(node).ok_or(deadline))
+    }
+
+    /// Waits until `look` finds something; until then it says how long to wait at most.
+    #[track_caller]
+    pub(crate) fn until_some_by<T>(
+        &self,
+        what: &str,
+        mut look: impl FnMut(&Node) -> Result<T, Instant>,
+    ) -> T {
         loop {
             if let Some(ended) = self.ended() {
                 panic!(
@@ -686,16 +771,16 @@ impl Node {
                     self.log_tail(40)
                 );
             }
-            if let Some(found) = look(self) {
-                return found;
+            match look(self) {
+                Ok(found) => return found,
+                Err(deadline) => assert!(
+                    Instant::now() < deadline,
+                    "{}: waited in vain until {what}\n{}\n{}",
+                    self.name,
+                    self.screen(),
+                    self.log_tail(40)
+                ),
             }
-            assert!(
-                start.elapsed() < PATIENCE,
-                "{}: waited in vain until {what}\n{}\n{}",
-                self.name,
-                self.screen(),
-                self.log_tail(40)
-            );
             std::thread::sleep(LOOK_EVERY);
         }
     }
@@ -771,12 +856,15 @@ impl Node {
         if !self.is_running() {
             return format!("{} does not run\n", self.name);
         }
-        let output = self.run(&["status"]);
-        format!(
-            "{}{}",
-            String::from_utf8_lossy(&output.stdout),
-            String::from_utf8_lossy(&output.stderr)
-        )
+        // Also called while a test fails already, when it must not panic once more.
+        match process::try_run(self.holdfast(&["status"]), Duration::from_secs(10)) {
+            Ok(output) => format!(
+                "{}{}",
+                String::from_utf8_lossy(&output.stdout),
+                String::from_utf8_lossy(&output.stderr)
+            ),
+            Err(why) => why,
+        }
     }
 
     /// The last lines of the replicator's log.

@@ -188,12 +188,12 @@ impl History {
         inner.totals.bytes_acknowledged += write.count * SECTOR as u64;
         let range = write.first as usize..(write.first + write.count) as usize;
         for entries in &mut inner.sectors[range] {
-            // A check between crash and answer may have settled it; nobody may acknowledge it after that.
+            // A check between crash and answer may have settled it: what was not found then, nobody may acknowledge any more.
             let entry = entries
                 .iter_mut()
                 .rfind(|entry| entry.sequence == write.sequence)
-                .expect("a write that is answered is under way");
-            entry.acknowledged = Some(now);
+                .expect("a write that is answered is under way, or was found when all was settled");
+            entry.acknowledged.get_or_insert(now);
         }
     }
 

@@ -1,12 +1,12 @@
 //! An application: several connections with several requests in flight each, all of them in the history before they are
 //! sent and after they are answered.
 
-use crate::history::{History, SECTOR, Totals, Write};
+use crate::history::{History, SECTOR, Write};
 use crate::nbd::{Nbd, NbdError};
 use crate::random::Random;
 use std::collections::HashMap;
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 /// What the application does, in percent of its requests; the rest are writes.
@@ -48,8 +48,14 @@ impl Default for Mix {
 pub struct Load {
     stop: Arc<AtomicBool>,
     threads: Vec<std::thread::JoinHandle<Ended>>,
-    history: History,
-    before: Totals,
+    answered: Arc<Answered>,
+}
+
+/// What was answered with success.
+#[derive(Default)]
+struct Answered {
+    writes: AtomicU64,
+    flushes: AtomicU64,
 }
 
 /// How one connection ended.
@@ -87,7 +93,7 @@ impl Load {
         mut connect: impl FnMut() -> Result<Nbd, NbdError>,
     ) -> Load {
         let stop = Arc::new(AtomicBool::new(false));
-        let before = history.totals();
+        let answered = Arc::<Answered>::default();
         let threads = (0..mix.connections)
             .map(|index| {
                 let nbd = connect().unwrap_or_else(|error| panic!("a connection: {error}"));
@@ -95,6 +101,7 @@ impl Load {
                 let mut client = Client {
                     nbd,
                     history: history.clone(),
+                    answered: answered.clone(),
                     mix,
                     random: Random::new(seed ^ (index as u64 + 1) << 40),
                     sent: HashMap::new(),
@@ -107,14 +114,18 @@ impl Load {
         Load {
             stop,
             threads,
-            history: history.clone(),
-            before,
+            answered,
         }
     }
 
     /// Writes acknowledged so far by this load.
     pub fn acknowledged(&self) -> u64 {
-        self.history.totals().writes_acknowledged - self.before.writes_acknowledged
+        self.answered.writes.load(Ordering::Relaxed)
+    }
+
+    /// Flushes acknowledged so far by this load.
+    pub fn flushed(&self) -> u64 {
+        self.answered.flushes.load(Ordering::Relaxed)
     }
 
     /// Waits until that many writes more were acknowledged.
@@ -167,10 +178,9 @@ impl Load {
                 Err(panic) => std::panic::resume_unwind(panic),
             }
         }
-        let after = self.history.totals();
         Report {
-            acknowledged: after.writes_acknowledged - self.before.writes_acknowledged,
-            flushes: after.flushes_acknowledged - self.before.flushes_acknowledged,
+            acknowledged: self.answered.writes.load(Ordering::Relaxed),
+            flushes: self.answered.flushes.load(Ordering::Relaxed),
             in_flight,
             broken,
         }
@@ -180,6 +190,7 @@ impl Load {
 struct Client {
     nbd: Nbd,
     history: History,
+    answered: Arc<Answered>,
     mix: Mix,
     random: Random,
     sent: HashMap<u64, Sent>,
@@ -211,8 +222,14 @@ impl Client {
             // A write that failed may be there all the same: it stays in flight for good.
             let data = reply.result.map_err(NbdError::Failed)?;
             match sent {
-                Sent::Write(write) => self.history.acknowledge(write),
-                Sent::Flush { begun } => self.history.flushed(begun),
+                Sent::Write(write) => {
+                    self.history.acknowledge(write);
+                    self.answered.writes.fetch_add(1, Ordering::Relaxed);
+                }
+                Sent::Flush { begun } => {
+                    self.history.flushed(begun);
+                    self.answered.flushes.fetch_add(1, Ordering::Relaxed);
+                }
                 Sent::Read { begun, first } => {
                     if let Err(damage) = self.history.check_read(begun, first, &data) {
                         panic!("a read returned what it must not: {damage:?}");

@@ -1,6 +1,7 @@
 //! A replicated volume as a filesystem of this machine, without a block device of its own: the export as a file (nbdfuse), a
 //! loop device over that, ext4 on it. Everything is taken apart again when dropped, in whatever way a test ends.
 
+use crate::cluster::Part;
 use crate::loop_device::LoopDevice;
 use crate::process;
 use std::os::unix::fs::MetadataExt as _;
@@ -190,5 +191,103 @@ impl Drop for MountedVolume {
             self.fuse.kill();
             let _ = unmount(&["--lazy"], &self.directory);
         }
+    }
+}
+
+/// A filesystem of a few bytes that a test fills.
+pub struct SmallFilesystem {
+    directory: PathBuf,
+    /// Under ext4.
+    device: Option<(LoopDevice, PathBuf)>,
+}
+
+impl SmallFilesystem {
+    /// Makes one of `bytes` at `directory`: a tmpfs for a state directory, ext4 for anything that disks are about.
+    ///
+    /// # Panics
+    /// It cannot be mounted. [`available`] says beforehand what is missing.
+    #[track_caller]
+    pub(crate) fn mount(directory: &Path, part: Part, bytes: u64) -> SmallFilesystem {
+        std::fs::create_dir_all(directory).expect("a directory");
+        let mut command = Command::new("mount");
+        let mut device = None;
+        if part == Part::State {
+            command
+                .args(["-t", "tmpfs", "-o"])
+                .arg(format!("size={bytes}"))
+                .arg("none");
+        } else {
+            let image = directory.with_extension("ext4");
+            std::fs::File::create(&image)
+                .and_then(|file| file.set_len(bytes))
+                .expect("a sparse file");
+            let over = LoopDevice::over(&image).expect("a loop device");
+            let mut make = Command::new("mke2fs");
+            make.args(["-q", "-F", "-t", "ext4", "-m", "0"])
+                .arg(over.path());
+            process::must(make, LIMIT);
+            command.args(["-t", "ext4"]).arg(over.path());
+            device = Some((over, image));
+        }
+        command.arg(directory);
+        process::must(command, LIMIT);
+        SmallFilesystem {
+            directory: directory.to_path_buf(),
+            device,
+        }
+    }
+
+    fn ballast(&self) -> PathBuf {
+        self.directory.join("ballast")
+    }
+
+    /// Bytes that files can still take.
+    pub fn free(&self) -> u64 {
+        let found = rustix::fs::statvfs(&self.directory).expect("a filesystem");
+        found.f_bavail * found.f_frsize
+    }
+
+    /// Leaves about `rest` bytes to others.
+    #[track_caller]
+    pub fn fill(&self, rest: u64) {
+        let file = std::fs::File::options()
+            .create(true)
+            .append(true)
+            .open(self.ballast())
+            .expect("a file");
+        let length = file.metadata().expect("a file").len();
+        let more = self.free().saturating_sub(rest);
+        // What is full already cannot become fuller.
+        let took = rustix::fs::fallocate(
+            &file,
+            rustix::fs::FallocateFlags::empty(),
+            length,
+            more.max(1),
+        );
+        if took.is_err() {
+            // In pieces, since the filesystem keeps some blocks for itself.
+            let mut at = file.metadata().expect("a file").len();
+            while rustix::fs::fallocate(&file, rustix::fs::FallocateFlags::empty(), at, 4096)
+                .is_ok()
+            {
+                at += 4096;
+            }
+        }
+    }
+
+    /// Gives up what [`SmallFilesystem::fill`] took.
+    #[track_caller]
+    pub fn make_room(&self) {
+        std::fs::remove_file(self.ballast()).expect("it was filled");
+    }
+}
+
+impl Drop for SmallFilesystem {
+    fn drop(&mut self) {
+        let ended = unmount(&[], &self.directory);
+        if !ended.status.success() {
+            let _ = unmount(&["--lazy"], &self.directory);
+        }
+        self.device.take();
     }
 }

@@ -68,29 +68,37 @@ pub fn signal(child: &Child, signal: Signal) {
 /// # Panics
 /// It cannot be started, or has not ended within `limit`.
 #[track_caller]
-pub fn run(mut command: Command, limit: Duration) -> Output {
+pub fn run(command: Command, limit: Duration) -> Output {
+    try_run(command, limit).unwrap_or_else(|why| panic!("{why}"))
+}
+
+/// As [`run`].
+///
+/// # Errors
+/// It cannot be started, or has not ended within `limit`; in words.
+pub fn try_run(mut command: Command, limit: Duration) -> Result<Output, String> {
     let text = format!("{command:?}");
     command.stdout(Stdio::piped()).stderr(Stdio::piped());
-    let mut child = spawn(command).unwrap_or_else(|error| panic!("{text}: {error}"));
+    let mut child = spawn(command).map_err(|error| format!("{text}: {error}"))?;
     let stdout = child.stdout.take().map(drain);
     let stderr = child.stderr.take().map(drain);
     let finish = |stream: Option<std::thread::JoinHandle<Vec<u8>>>| {
         stream.map_or_else(Vec::new, |thread| thread.join().expect("a reader"))
     };
     match wait(&mut child, limit) {
-        Some(status) => Output {
+        Some(status) => Ok(Output {
             status,
             stdout: finish(stdout),
             stderr: finish(stderr),
-        },
+        }),
         None => {
             let _ = child.kill();
             let _ = child.wait();
-            panic!(
+            Err(format!(
                 "{text} had not ended after {limit:?}\n{}{}",
                 String::from_utf8_lossy(&finish(stdout)),
                 String::from_utf8_lossy(&finish(stderr))
-            );
+            ))
         }
     }
 }

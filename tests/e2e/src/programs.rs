@@ -41,7 +41,7 @@ fn given(variable: &str) -> Option<PathBuf> {
 }
 
 /// The directory of cargo's output that this very program lies in.
-fn target() -> PathBuf {
+pub(crate) fn target() -> PathBuf {
     let exe = std::env::current_exe().expect("this program's path");
     let profile = match exe.parent() {
         Some(parent) if parent.ends_with("deps") => parent.parent(),

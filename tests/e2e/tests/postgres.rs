@@ -5,9 +5,9 @@
 use holdfast_e2e::mounts::{self, Format, MountedVolume};
 use holdfast_e2e::postgres::{Failure, Installation, Server, Session};
 use holdfast_e2e::{Backing, Cluster, Random, Settings, process, random};
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 use std::os::unix::fs::PermissionsExt as _;
-use std::path::PathBuf;
+use std::path::{Path, PathBuf};
 use std::process::{Child, Stdio};
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::sync::{Arc, Mutex};
@@ -88,8 +88,11 @@ impl Ledger {
 
     /// The database after a recovery, or at rest: each committed transfer is in it, exactly as it was sent. Of one that was not
     /// answered, the database decided, and must stay with that. Returns how many of those there were.
+    ///
+    /// # Panics
+    /// Something else is in the database; both sides of the comparison are in the file `evidence` then.
     #[track_caller]
-    fn check(&self, session: &mut Session, what: &str) -> usize {
+    fn check(&self, session: &mut Session, what: &str, evidence: &Path) -> usize {
         let mut transfers = self.transfers.lock().unwrap();
         let rows = session.rows(
             "SELECT l.id, h.aid, h.tid, h.bid, h.delta,
@@ -97,46 +100,97 @@ impl Ledger {
              FROM ledger l FULL JOIN (SELECT * FROM pgbench_history WHERE filler LIKE 'ledger %') h
                  ON h.filler = 'ledger ' || l.id ORDER BY l.id",
         );
-        let mut found = BTreeMap::new();
-        for row in rows {
-            assert_eq!(
-                row[5], "t",
-                "{what}: a transaction is there in part: {row:?}"
+        let wrong = compare(&transfers, &rows);
+        if !wrong.is_empty() {
+            let mut text = format!("{what}\n\nwrong:\n{}\n\nsent:\n", wrong.join("\n"));
+            for (id, transfer) in transfers.iter() {
+                text += &format!("{id} {transfer:?}\n");
+            }
+            text += "\nin the database:\n";
+            for row in &rows {
+                text += &format!("{row:?}\n");
+            }
+            std::fs::write(evidence, text).unwrap();
+            panic!(
+                "{what}: {} of {} committed transactions are wrong, the first: {}",
+                wrong.len(),
+                self.committed(),
+                wrong[0]
             );
-            let number = |column: usize| row[column].parse::<i64>().unwrap();
-            let transfer = Transfer {
-                account: number(1) as u64,
-                teller: number(2) as u64,
-                branch: number(3) as u64,
-                delta: number(4),
-            };
-            let twice = found.insert(number(0) as u64, transfer);
-            assert_eq!(twice, None, "{what}: twice in the history: {row:?}");
         }
-        let missing: Vec<_> = transfers
-            .iter()
-            .filter(|(id, (_, known))| *known == Known::Committed && !found.contains_key(id))
-            .collect();
-        assert!(
-            missing.is_empty(),
-            "{what}: {} of {} committed transactions are not there, the first: {:?}",
-            missing.len(),
-            self.committed(),
-            missing[0]
-        );
-        for (id, transfer) in &found {
-            let sent = transfers.get(id).map(|(sent, _)| sent);
-            assert_eq!(sent, Some(transfer), "{what}: transaction {id}");
-        }
+        let found: BTreeSet<u64> = rows.iter().map(|row| row[0].parse().unwrap()).collect();
         let undecided = transfers
             .values()
             .filter(|(_, known)| *known == Known::Sent)
             .count();
-        transfers.retain(|id, _| found.contains_key(id));
+        transfers.retain(|id, _| found.contains(id));
         for (_, known) in transfers.values_mut() {
             *known = Known::Committed;
         }
         undecided
+    }
+}
+
+/// What of the database (identity, account, teller, branch, delta, whole) is not as it was sent, in words.
+fn compare(transfers: &BTreeMap<u64, (Transfer, Known)>, rows: &[Vec<String>]) -> Vec<String> {
+    let mut wrong = Vec::new();
+    let mut found = BTreeSet::new();
+    for row in rows {
+        let number = |column: usize| row[column].parse::<i64>().unwrap_or(-1);
+        let id = number(0) as u64;
+        let transfer = Transfer {
+            account: number(1) as u64,
+            teller: number(2) as u64,
+            branch: number(3) as u64,
+            delta: number(4),
+        };
+        if row[5] != "t" {
+            wrong.push(format!("there in part: {row:?}"));
+        } else if transfers.get(&id).map(|(sent, _)| sent) != Some(&transfer) {
+            wrong.push(format!("not what was sent: {row:?}"));
+        }
+        if !found.insert(id) {
+            wrong.push(format!("twice in the history: {row:?}"));
+        }
+    }
+    for (id, (transfer, known)) in transfers {
+        if *known == Known::Committed && !found.contains(id) {
+            wrong.push(format!("committed and not there: {id} {transfer:?}"));
+        }
+    }
+    wrong
+}
+
+#[test]
+fn each_difference_from_the_ledger_is_noticed() {
+    let transfer = Transfer {
+        account: 7,
+        teller: 2,
+        branch: 1,
+        delta: -5,
+    };
+    let sent = BTreeMap::from([
+        (1, (transfer, Known::Committed)),
+        (2, (transfer, Known::Sent)),
+    ]);
+    let row = |id: &str, delta: &str, whole: &str| -> Vec<String> {
+        [id, "7", "2", "1", delta, whole].map(String::from).to_vec()
+    };
+    let good = row("1", "-5", "t");
+    assert!(compare(&sent, std::slice::from_ref(&good)).is_empty());
+    assert!(compare(&sent, &[good.clone(), row("2", "-5", "t")]).is_empty());
+    for (rows, why) in [
+        (vec![], "not there"),
+        (vec![row("1", "-5", "")], "in part"),
+        (vec![row("1", "5", "t")], "not what was sent"),
+        (vec![good.clone(), row("3", "-5", "t")], "not what was sent"),
+        (vec![good.clone(), good.clone()], "twice"),
+    ] {
+        let wrong = compare(&sent, &rows);
+        assert!(
+            wrong.iter().any(|text| text.contains(why)),
+            "{why}: {wrong:?}"
+        );
     }
 }
 
@@ -348,6 +402,11 @@ impl Story {
         Some((story, Running { volume, server }))
     }
 
+    /// Where a difference is told in full, among what a failed test leaves behind.
+    fn evidence(&self) -> PathBuf {
+        self.cluster.directory().join("ledger.txt")
+    }
+
     #[track_caller]
     fn mount(&self, format: Format) -> MountedVolume {
         let node = &self.cluster[self.primary];
@@ -394,7 +453,7 @@ impl Story {
         let volume = self.mount(Format::Keep);
         let server = self.start(&volume);
         let mut session = server.session();
-        let undecided = self.ledger.check(&mut session, what);
+        let undecided = self.ledger.check(&mut session, what, &self.evidence());
         balances_add_up(&mut session, what);
         nothing_is_damaged(&mut session, what);
         eprintln!(
@@ -417,7 +476,7 @@ impl Story {
         self.cluster.verify(self.primary);
         clients.finish();
         let mut session = running.server.session();
-        self.ledger.check(&mut session, what);
+        self.ledger.check(&mut session, what, &self.evidence());
         balances_add_up(&mut session, what);
     }
 
