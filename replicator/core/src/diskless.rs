@@ -51,6 +51,13 @@ impl Core {
             .is_some_and(|d| !matches!(d.phase, Phase::Serving | Phase::Lost))
     }
 
+    /// No disk here, and the server cannot be reached or lost what it had.
+    pub(crate) fn diskless_alone(&self) -> bool {
+        self.diskless
+            .as_ref()
+            .is_some_and(|d| matches!(d.phase, Phase::Away | Phase::Lost))
+    }
+
     pub(crate) fn diskless_serves(&self) -> bool {
         self.diskless
             .as_ref()
@@ -439,6 +446,7 @@ impl Core {
 
     /// Nothing is in flight any more: this copy stops being primary, and says so to the server.
     pub(crate) fn diskless_demoted(&mut self, out: &mut Actions) {
+        let alone = self.diskless_alone();
         let Some(diskless) = self.diskless.take() else {
             return;
         };
@@ -464,16 +472,27 @@ impl Core {
             role: Role::Secondary,
             epoch: self.sb.epoch_gate,
         });
-        let text = format!(
-            "demoted at position {position}; copy {} holds all of it",
-            diskless.server.0
-        );
+        let server = diskless.server.0;
+        let (text, told) = if alone {
+            // Under the rules of sync mode nothing was acknowledged without the server.
+            let text = format!(
+                "demoted without copy {server}, which held what was acknowledged and cannot be reached; what waited ended with \
+                 an error"
+            );
+            (
+                text.clone(),
+                format!("secondary; its disk failed. It was {text}"),
+            )
+        } else {
+            let told = format!(
+                "secondary; its disk failed, copy {server} holds everything and can be promoted"
+            );
+            let text = format!("demoted at position {position}; copy {server} holds all of it");
+            (text, told)
+        };
         self.notice(Level::Info, "secondary", None, text, out);
         if let Some(Some(admin)) = self.demotion.take() {
-            let result = Ok(format!(
-                "secondary; its disk failed, copy {} holds everything and can be promoted",
-                diskless.server.0
-            ));
+            let result = Ok(told);
             out.push(Action::AdminDone { admin, result });
         }
         self.detach_progress(out);

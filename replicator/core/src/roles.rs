@@ -1055,11 +1055,17 @@ impl Core {
         if self.parked_in_demotion() {
             self.end_client_io(Status::Io, true, out);
         }
+        // Neither a disk here nor a server: what waits has nobody to carry it out, and so has a last flush.
+        let alone = self.diskless_alone();
+        if alone {
+            self.end_client_io(Status::Io, false, out);
+            self.diskless_end_reads(out);
+        }
         let settled = self.generation_unknown_to.is_empty() && !self.generation_committing;
-        if self.client_in_flight() || !settled || self.dropping {
+        if self.client_in_flight() || !(settled || alone) || self.dropping {
             return;
         }
-        if !self.demote_flush_sent {
+        if !self.demote_flush_sent && !alone {
             self.demote_flush_sent = true;
             return self.begin_demote_flush(out);
         }

@@ -436,3 +436,40 @@ fn the_server_knows_what_the_failed_disk_lacks() {
         );
     }
 }
+
+/// Both disks fail at once, and nobody has taken over: what waits ends with an error when the primary is demoted, as it was told.
+#[test]
+fn demotion_ends_what_waits_when_both_disks_failed() {
+    for seed in 0..40 {
+        let mut w = pair(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend);
+        let mut blocks = Blocks::default();
+        blocks.write(&mut w, 20);
+        w.nodes[0].broken = true;
+        let steps = w.rng.below(30) as usize;
+        w.steps(steps);
+        w.nodes[1].broken = true;
+        blocks.write(&mut w, 10);
+        w.steps(2000);
+        let demoted = w.command(0, Command::Demote);
+        demoted.unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        w.until("every write is answered", 20_000, |w| blocks.answered(w));
+        // A person repairs both; whatever was acknowledged is there.
+        for n in 0..2 {
+            w.crash(n, false);
+            w.nodes[n].broken = false;
+            w.start(n);
+        }
+        w.until("the copies agree", 100_000, |w| w.settled(&[0, 1]));
+        // Alone in S, the server is the one; else either may be.
+        let heir = w.rng.below(2) as usize;
+        if w.promote(heir, false).is_err() {
+            let promoted = w.promote(1, false);
+            promoted.unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        }
+        w.until("they are equal", 100_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(0) && w.up_to_date(1)
+        });
+        blocks.check(&w, 0);
+        blocks.check(&w, 1);
+    }
+}

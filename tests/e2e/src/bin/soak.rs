@@ -1,6 +1,7 @@
 //! The faults of the end-to-end tests in a random order, on one cluster after the other, for as long as asked. The last line is
 //! a summary; the exit code is 1 if anything did not hold.
 
+use holdfast_e2e::storm::storm;
 use holdfast_e2e::story::{Fault, Story};
 use holdfast_e2e::{Backing, Mix, Random, Settings};
 use std::collections::BTreeMap;
@@ -8,9 +9,11 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::process::ExitCode;
 use std::time::{Duration, Instant};
 
-const USAGE: &str = "usage: soak --minutes N [--seed N]";
+const USAGE: &str = "usage: soak --minutes N [--seed N] [--network]";
 /// Moments on one cluster, at most, before a new one is made with other settings.
 const MOMENTS: u64 = 40;
+/// Of a bad network, on one cluster.
+const STORM: Duration = Duration::from_secs(30);
 
 #[derive(Default)]
 struct Totals {
@@ -24,8 +27,13 @@ struct Totals {
 fn main() -> ExitCode {
     let mut minutes = None;
     let mut seed = None;
+    let mut network = false;
     let mut arguments = std::env::args().skip(1);
     while let Some(argument) = arguments.next() {
+        if argument == "--network" {
+            network = true;
+            continue;
+        }
         let value = arguments.next();
         let target = match argument.as_str() {
             "--minutes" => &mut minutes,
@@ -53,7 +61,11 @@ fn main() -> ExitCode {
     let outcome = catch_unwind(AssertUnwindSafe(|| {
         // At least one cluster, however short the time.
         while totals.clusters == 0 || Instant::now() < end {
-            cluster(&mut random, &mut totals, end);
+            if network || random.percent(20) {
+                bad_network(&mut random, &mut totals, end);
+            } else {
+                cluster(&mut random, &mut totals, end);
+            }
         }
     }));
     let faults: Vec<String> = totals
@@ -78,6 +90,24 @@ fn main() -> ExitCode {
         Ok(()) => ExitCode::SUCCESS,
         Err(_) => ExitCode::FAILURE,
     }
+}
+
+/// One cluster of which nothing fails but the network between its nodes.
+fn bad_network(random: &mut Random, totals: &mut Totals, end: Instant) {
+    let settings = Settings {
+        on_peer_loss: ["suspend", "continue"][random.below(2) as usize],
+        external_metadata: random.percent(40),
+        ..Settings::default()
+    };
+    totals.clusters += 1;
+    // Short ones: a history without an end would be looked through ever more slowly.
+    let left = end.saturating_duration_since(Instant::now());
+    let outcome = storm(&settings, random.word(), left.min(STORM));
+    eprintln!("cluster {}: {settings:?}: {outcome:?}", totals.clusters);
+    totals.writes += outcome.writes;
+    let cuts = outcome.cuts[0] + outcome.cuts[1] + outcome.short_cuts;
+    totals.moments += cuts;
+    *totals.faults.entry("NetworkAway".into()).or_default() += cuts;
 }
 
 /// One cluster with settings by chance, and faults by chance.
