@@ -138,7 +138,7 @@ mod on {
         defect("dependency-not-sent", "D3", "frames do not say what they depend on"),
         defect("zero-not-applied", "D15", "a zero or discard changes nothing at the peer"),
         unseen("trimmed-before-the-peer-flushed", "D7", "a write counts as stable although the peer has not flushed it"),
-        defect("acknowledged-before-bits", "D7", "a resync is acknowledged before the bits toward third copies are durable"),
+        unseen("acknowledged-before-bits", "D7", "a resync is acknowledged before the bits toward third copies are durable"),
         unseen("rollback-without-bits", "D7, D12", "a rollback sets no bits"),
         unseen("rollback-before-bits", "D7, D12", "a rollback begins before its bits are durable"),
         defect("rollback-skipped", "D11, D12", "a target is forced without its rollback"),
