@@ -252,7 +252,7 @@ impl Core {
         if mode == Mode::Async && self.is_primary_like() && self.sb.in_sync.contains(slot) {
             // An asynchronous copy is never in S.
             self.sb.in_sync = self.sb.in_sync.without(slot);
-            self.sb.in_sync_pending = self.sb.in_sync;
+            self.sb.in_sync_pending = self.with_joining(self.sb.in_sync).without(slot);
             self.sb.in_sync_version += 1;
         }
         self.commit(

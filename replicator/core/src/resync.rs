@@ -605,7 +605,7 @@ impl Core {
             through: self.issued,
             committing: false,
         };
-        self.sb.in_sync_pending = self.sb.in_sync.with(slot).with(self.slot);
+        self.sb.in_sync_pending = self.with_joining(self.sb.in_sync.with(slot).with(self.slot));
         self.joining_progress(at, out);
     }
 
@@ -641,7 +641,7 @@ impl Core {
 
     pub(crate) fn joined(&mut self, at: usize, session: SessionId, out: &mut Actions) {
         let slot = self.peers[at].slot;
-        self.sb.in_sync_pending = self.sb.in_sync;
+        self.sb.in_sync_pending = self.with_joining(self.sb.in_sync);
         self.sb.flags.solo = false;
         if !self.peers[at].on(session)
             || !matches!(self.peers[at].relation, Relation::Joining { .. })
@@ -724,8 +724,17 @@ impl Core {
     pub(crate) fn join_abandoned(&mut self, at: usize, _out: &mut Actions) {
         let slot = self.peers[at].slot;
         if !self.sb.in_sync.contains(slot) {
-            self.sb.in_sync_pending = self.sb.in_sync;
+            self.sb.in_sync_pending = self.with_joining(self.sb.in_sync).without(slot);
         }
+    }
+
+    /// `set`, and every copy that joins now: from `begin_join` on, nothing completes without it (D1), whatever becomes of
+    /// another copy's join meanwhile.
+    pub(crate) fn with_joining(&self, set: SlotSet) -> SlotSet {
+        self.peers
+            .iter()
+            .filter(|p| matches!(p.relation, Relation::Joining { .. }))
+            .fold(set, |set, p| set.with(p.slot))
     }
 
     pub(crate) fn in_sync_told(

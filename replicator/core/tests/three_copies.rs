@@ -284,3 +284,46 @@ fn a_promotion_does_not_wait_for_ever_for_a_copy_that_was_about_to_meet_again() 
         });
     }
 }
+
+/// D1: two copies join S at once. When the first is in, nothing may complete without the second one either.
+#[test]
+fn two_that_join_at_once_are_both_waited_for() {
+    let mut both = 0;
+    for seed in 0..40 {
+        let mut w = World::new(seed, &[Mode::Sync; 3], OnPeerLoss::Continue, &[SIZE], true);
+        for n in 0..3 {
+            w.start(n);
+        }
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
+        ok(w.promote(0, false));
+        for n in 1..3 {
+            cut(&mut w, 0, n);
+        }
+        written(&mut w, 0, 1, 1);
+        w.cut.clear();
+        for at in 0..4000 {
+            if at % 7 == 0 {
+                write(&mut w, 0, at % 64, 2);
+            }
+            w.step();
+            let core = w.nodes[0].core.as_ref().expect("a process");
+            let status = core.status(w.now);
+            let joining: Vec<Slot> = [Slot(1), Slot(2)]
+                .into_iter()
+                .filter(|slot| {
+                    let (relation, _) = core.probe_peer(*slot).expect("a peer");
+                    relation.contains("joining")
+                })
+                .collect();
+            both += usize::from(joining.len() == 2);
+            for slot in joining {
+                let counted = status.in_sync.union(status.in_sync_pending);
+                assert!(
+                    counted.contains(slot),
+                    "seed {seed}: {slot:?} is not waited for"
+                );
+            }
+        }
+    }
+    assert!(both > 0, "the case was reached");
+}
