@@ -590,6 +590,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         congested: false,
         resync_paused: false,
         row: None,
+        filled: false,
         forget_at: None,
         stranger: None,
         member_here: false,

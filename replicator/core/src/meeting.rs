@@ -449,6 +449,7 @@ impl Core {
             return self.meet_again(at, "a generation began during the greeting", out);
         }
         self.peers[at].relation = Relation::Established;
+        self.peers[at].filled = false;
         self.remember_identity(at);
         if self.sb.state == CopyState::Blank && self.sb.flags.zeroed && !follows_third {
             // Row 3: both read zero everywhere since one create.

@@ -283,6 +283,8 @@ pub(crate) struct Peer {
     pub row: Option<crate::handshake::Row>,
     /// The session was ended to meet again, and the next one has not begun.
     pub again_since: Option<Time>,
+    /// This copy filled it, without being primary, and they did not meet since.
+    pub filled: bool,
     /// This copy was filled by that primary up to here: what it marked meanwhile toward members of S goes when this is stable.
     pub forget_at: Option<Position>,
     /// Filled whole by this copy, without a primary, under this version of S: whoever S names in that slot was another disk.

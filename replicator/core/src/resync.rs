@@ -477,7 +477,8 @@ impl Core {
         let (equal, generation) = (self.peers[at].target.equal, self.generation());
         for other in 0..self.peers.len() {
             let record = self.peers[other].record;
-            if other != at && equal.contains(self.peers[other].slot) {
+            // What this copy filled itself is as this copy was, whatever the source heard of it before.
+            if other != at && equal.contains(self.peers[other].slot) && !self.peers[other].filled {
                 for bitmap in &mut self.peers[other].bitmaps {
                     bitmap.clear_all();
                 }
@@ -531,6 +532,7 @@ impl Core {
         let record = self.peers[at].record;
         self.sb.peers[record].full_copy = false;
         self.peers[at].full_copy = false;
+        self.peers[at].filled = !self.is_primary_like();
         if self.peers[at].dirty_bits() > 0 {
             // A write that could not be mirrored came after ResyncDone: another round.
             return self.meet_again(at, "writes came at the end of the resync", out);
