@@ -122,7 +122,7 @@ impl Core {
                     force,
                 },
             ) => {
-                let asks = crate::roles::Asks {
+                let asks = crate::promotion::Asks {
                     epoch,
                     in_sync,
                     force,

@@ -213,7 +213,7 @@ pub struct Core {
     /// After `PeerDropped`: copies that must know the new generation before anything completes (D10).
     pub(crate) generation_unknown_to: SlotSet,
     pub(crate) promotion: Option<Promotion>,
-    pub(crate) promotion_wanted: Option<crate::roles::WantedPromotion>,
+    pub(crate) promotion_wanted: Option<crate::promotion::WantedPromotion>,
     pub(crate) demote_flush_sent: bool,
     pub(crate) demotion_recording: bool,
     pub(crate) detach_flushed_once: bool,
