@@ -12,6 +12,7 @@ mod network;
 mod operators;
 mod oracle;
 mod plan;
+mod register;
 mod rng;
 mod shrink;
 mod world;

@@ -15,6 +15,7 @@ Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 i
 --seed S      replays one seed, makes its schedule smaller and prints the timeline
 --repeat      runs the seed twice and says where the two runs part, if they do
 --copies N    only seeds with so many copies, beside those of simulator/seeds.txt
+--register    the record of who may write is in a register of the cluster, as with an agent
 --skip        leaves these seeds out
 --first-failure  no more seeds once one fails
 --without     leaves faults of these kinds out (names as in the report, spaces as '-')";
@@ -32,6 +33,7 @@ struct Arguments {
     threads: usize,
     without: Vec<String>,
     copies: Option<u64>,
+    register: bool,
 }
 
 fn arguments() -> Result<Arguments, String> {
@@ -48,6 +50,7 @@ fn arguments() -> Result<Arguments, String> {
         threads: threads(),
         without: Vec::new(),
         copies: None,
+        register: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -64,6 +67,7 @@ fn arguments() -> Result<Arguments, String> {
             "--threads" => a.threads = number()?.clamp(1, 64) as usize,
             "--copies" => a.copies = Some(number()?),
             "--json" => a.json = true,
+            "--register" => a.register = true,
             "--no-shrink" => a.shrink = false,
             "--first-failure" => a.first_failure = true,
             "--repeat" => a.repeat = true,
@@ -86,8 +90,10 @@ fn arguments() -> Result<Arguments, String> {
     Ok(a)
 }
 
-fn plan_of(seed: u64, without: &[String]) -> Plan {
+fn plan_of(seed: u64, arguments: &Arguments) -> Plan {
+    let without = &arguments.without;
     let mut plan = Plan::of(seed);
+    plan.register = arguments.register;
     plan.faults
         .retain(|f| !without.iter().any(|w| w == f.kind.name()));
     plan
@@ -153,7 +159,7 @@ fn main() -> ExitCode {
 
 /// Runs a seed twice: both must do the same to the last byte.
 fn repeat(seed: u64, arguments: &Arguments) -> ExitCode {
-    let plan = plan_of(seed, &arguments.without);
+    let plan = plan_of(seed, arguments);
     let [a, b] = [(); 2].map(|()| run(&plan, Trace::Everything).trace);
     if a == b {
         println!(
@@ -172,7 +178,7 @@ fn repeat(seed: u64, arguments: &Arguments) -> ExitCode {
 }
 
 fn one(seed: u64, arguments: &Arguments) -> ExitCode {
-    let mut plan = plan_of(seed, &arguments.without);
+    let mut plan = plan_of(seed, arguments);
     if arguments.shrink && run(&plan, Trace::Off).failure.is_some() {
         plan = shrink(&plan, Duration::from_secs(60));
     }
@@ -240,7 +246,7 @@ fn many(arguments: &Arguments) -> ExitCode {
                     if arguments.skip.contains(&seed) {
                         continue;
                     }
-                    let plan = plan_of(seed, &arguments.without);
+                    let plan = plan_of(seed, arguments);
                     // Seeds that failed once are always run.
                     let fresh = i >= known.len() as u64;
                     if fresh && arguments.copies.is_some_and(|n| n != plan.copies as u64) {

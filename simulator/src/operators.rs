@@ -545,7 +545,8 @@ impl World {
                 self.operators.no_primary_since = Some(self.now);
                 self.coverage.count("orders", "force at the end");
                 self.try_failover(true);
-            } else if waited > 300 * MS {
+            } else if waited > 300 * MS && (self.register.is_none() || waited < 15_000 * MS) {
+                // (An order that is still under way would be in the way of the person's.)
                 self.try_failover(false);
             }
             self.operators.quiet_since = None;

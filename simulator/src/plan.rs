@@ -291,6 +291,8 @@ pub struct Fault {
 pub struct Plan {
     pub seed: u64,
     pub copies: usize,
+    /// The record of who may write is in a register of the cluster.
+    pub register: bool,
     pub modes: Vec<Mode>,
     pub policy: OnPeerLoss,
     /// Sectors of each volume.
@@ -371,6 +373,7 @@ impl Plan {
         let mut plan = Plan {
             seed,
             copies,
+            register: false,
             modes,
             policy,
             volumes,

@@ -68,6 +68,13 @@ pub(crate) enum Happening {
         write: crate::oracle::WriteId,
     },
     Manager,
+    /// What a core asked of the cluster's register arrives there.
+    Register {
+        node: usize,
+        life: u64,
+        ask: crate::register::Ask,
+        lost: bool,
+    },
     /// A frame of a connection that is over: the shell had it in hand.
     Late {
         node: usize,
@@ -199,6 +206,8 @@ pub struct World {
     forced_seen: BTreeSet<GenerationId>,
     /// Ambushes of the plan that wait.
     pub(crate) waiting: Vec<usize>,
+    /// Where the record is kept, if not by the copies themselves.
+    pub(crate) register: Option<crate::register::Register>,
 }
 
 pub(crate) const SERVICE: Uuid = Uuid(0x1111_2222_3333_4444_5555_6666_7777_8888);
@@ -280,6 +289,7 @@ impl World {
             layouts: Vec::new(),
             forced_seen: BTreeSet::new(),
             waiting: Vec::new(),
+            register: None,
             plan,
         };
         for node in 0..copies {
@@ -295,6 +305,17 @@ impl World {
                 Layout::of(&sb).ok()
             })
             .collect();
+        if world.plan.register {
+            let bytes = world.nodes[0].disk.meta_block(0, 0);
+            if let Ok(sb) = holdfast_wire_format::superblock::decode(&bytes) {
+                let generation = sb.generations.last().map_or(GenerationId(0), |g| g.id);
+                world.register = Some(crate::register::Register::new(
+                    &world.plan,
+                    generation,
+                    sb.in_sync,
+                ));
+            }
+        }
         for pair in 0..world.network.pairs() {
             world.after(MS, Happening::Dial(pair));
         }
@@ -424,6 +445,12 @@ impl World {
                 }
             }
             Happening::Manager => self.manager_turn(),
+            Happening::Register {
+                node,
+                life,
+                ask,
+                lost,
+            } => self.register_asked(node, life, ask, lost),
             Happening::Strike { fault, later } => self.strike(fault, later),
         }
     }
@@ -560,6 +587,11 @@ impl World {
             incarnation: Incarnation(incarnation),
             seed: Rng::stream(self.plan.seed, incarnation).next(),
             tuning,
+            store: if self.plan.register {
+                StoreKind::Cluster
+            } else {
+                StoreKind::Own
+            },
         };
         let now = self.local(node);
         let mut out = Vec::new();
@@ -878,6 +910,16 @@ impl World {
                 };
                 let delay = self.rng.below(200_000);
                 self.process_event(node, delay, Event::SurplusDone { op, result });
+            }
+            Action::StoreRead { id } => {
+                self.ask_register(node, crate::register::Ask::Read(id));
+            }
+            Action::StoreSwap {
+                id,
+                expected,
+                record,
+            } => {
+                self.ask_register(node, crate::register::Ask::Swap(id, expected, record));
             }
             Action::Send {
                 peer,

@@ -1,6 +1,7 @@
 //! What people ask for, apart from roles.
 
 use crate::api::*;
+use crate::cluster_store::Change;
 use crate::handshake::Row;
 use crate::peer::*;
 use crate::roles::refusal;
@@ -249,19 +250,13 @@ impl Core {
         let record = self.peers[at].record;
         self.peers[at].mode = mode;
         self.sb.peers[record].mode = mode as u8;
+        let text = format!("mode toward copy {} is {}", slot.0, words::mode(mode));
         if mode == Mode::Async && self.is_primary_like() && self.sb.in_sync.contains(slot) {
             // An asynchronous copy is never in S.
-            self.sb.in_sync = self.sb.in_sync.without(slot);
-            self.sb.in_sync_pending = self.with_joining(self.sb.in_sync).without(slot);
-            self.sb.in_sync_version += 1;
+            self.propose(Change::Mode { slot, admin, text }, out);
+        } else {
+            self.commit(Then::Admin { admin, text }, out);
         }
-        self.commit(
-            Then::Admin {
-                admin,
-                text: format!("mode toward copy {} is {}", slot.0, words::mode(mode)),
-            },
-            out,
-        );
         self.meet_again(at, "the mode of replication changed", out);
     }
 

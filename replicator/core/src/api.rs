@@ -4,6 +4,7 @@
 //! out the actions **in the order given**; answers come back as events, in any order. The core never reads a
 //! clock, a socket, a file, a random source or a thread.
 
+use crate::handshake::StoreRecord;
 use holdfast_wire_format::frame::{Body, FrameHeader, GoodbyeCode};
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::{Generation, Mode, OnPeerLoss, Superblock};
@@ -46,6 +47,37 @@ pub struct OpId(pub u64);
 /// One connection of the link to one peer; a new one for every connection.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
 pub struct SessionId(pub u64);
+
+/// A read of the cluster's record or a change of it, numbered by the core; its answer names it.
+#[derive(Clone, Copy, PartialEq, Eq, PartialOrd, Ord, Hash, Debug)]
+pub struct StoreId(pub u64);
+
+/// What a change of the cluster's record is compared with.
+#[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
+pub struct StoreVersion {
+    pub epoch: Epoch,
+    pub version: u64,
+}
+
+/// How a change of the cluster's record ended.
+#[derive(Clone, PartialEq, Eq, Debug)]
+pub enum SwapOutcome {
+    Swapped,
+    /// Another record stands; this one, read linearizably after the attempt.
+    Refused(StoreRecord),
+    /// It may be applied, now or later, or not.
+    Unknown,
+}
+
+/// Where the record of who may write is kept (`docs/cluster-store.md`).
+#[derive(Clone, Copy, PartialEq, Eq, Debug, Default)]
+pub enum StoreKind {
+    /// No agent runs: in each copy's own superblock.
+    #[default]
+    Own,
+    /// In a register that all copies reach through the shell.
+    Cluster,
+}
 
 /// An administrator's request, numbered by the shell; each gets exactly one `AdminDone`.
 #[derive(Clone, Copy, PartialEq, Eq, Hash, Debug)]
@@ -161,6 +193,18 @@ pub enum Event {
     SurplusDone {
         op: OpId,
         result: Result<String, String>,
+    },
+
+    // --- the cluster store ---
+    /// Answer to `StoreRead`: the record, by a linearizable read that began after it was asked for; `None`: not to be had.
+    StoreRecord {
+        id: StoreId,
+        record: Option<StoreRecord>,
+    },
+    /// Answer to `StoreSwap`.
+    StoreSwapped {
+        id: StoreId,
+        outcome: SwapOutcome,
     },
 
     // --- the link ---
@@ -409,6 +453,19 @@ pub enum Action {
         keep: bool,
     },
 
+    // --- the cluster store: only with `StoreKind::Cluster` ---
+    /// Read the record. Answers with `StoreRecord`.
+    StoreRead {
+        id: StoreId,
+    },
+    /// Put `record` in place of the one that has this epoch and version, if that one stands. May be given again with the same number.
+    /// Answers with `StoreSwapped`.
+    StoreSwap {
+        id: StoreId,
+        expected: StoreVersion,
+        record: StoreRecord,
+    },
+
     // --- link ---
     Send {
         peer: Slot,
@@ -535,6 +592,7 @@ pub struct AttachParameters {
     /// Seed of the core's own random numbers (generation ids). Random for every run.
     pub seed: u64,
     pub tuning: Tuning,
+    pub store: StoreKind,
 }
 
 #[derive(Clone, Debug)]

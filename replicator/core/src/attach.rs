@@ -3,6 +3,7 @@
 use crate::activity_log::ActivityLog;
 use crate::api::*;
 use crate::bitmap::{DirtyBitmap, SUMMARY_CLEAN, SUMMARY_DAMAGED, SUMMARY_PARTIAL};
+use crate::cluster_store::ClusterStore;
 use crate::log_recovery::LogRecovery;
 use crate::op::*;
 use crate::overlap::OverlapIndex;
@@ -507,6 +508,7 @@ impl Core {
             resync_rate: ResyncRate::new(&params.tuning, now),
             surplus: None,
             diskless: None,
+            store: ClusterStore::new(params.store),
         };
         if core.sb.in_sync_pending != core.sb.in_sync {
             // D18: an outcome was unknown when the process ended; what is on the disk is what was committed.
@@ -516,7 +518,7 @@ impl Core {
         Ok(core)
     }
 
-    /// The new attach counter and incarnation are durable: meet the others.
+    /// The new attach counter and incarnation are durable.
     pub(crate) fn attached_durably(&mut self, out: &mut Actions) {
         self.attached = true;
         let text = format!(
@@ -533,6 +535,11 @@ impl Core {
         );
         self.notice(Level::Info, "attached", None, text, out);
         self.undo_attached(out);
+        self.store_attach(out);
+    }
+
+    /// The record knows of this attachment: meet the others.
+    pub(crate) fn attached_and_known(&mut self, out: &mut Actions) {
         for peer in &self.peers {
             if peer.wanted {
                 out.push(Action::Connect { peer: peer.slot });
@@ -604,6 +611,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         up_since: now,
         flush_asked: 0,
         diskless: false,
+        met_record: None,
     }
 }
 

@@ -6,6 +6,7 @@
 //! again: every write is sent FUA and read requests are answered by the server, whatever the mode of replication.
 
 use crate::api::*;
+use crate::cluster_store::Change;
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
@@ -191,11 +192,29 @@ impl Core {
             self.push_generation(generation);
             self.sb.generation_base = header.position;
         }
-        self.sb.in_sync = SlotSet::only(slot);
-        self.sb.in_sync_pending = self.sb.in_sync;
-        self.sb.in_sync_version += 1;
+        let Some(session) = self.peers[at].session else {
+            return;
+        };
         if let Some(diskless) = &mut self.diskless {
             diskless.taken_over = true;
+        }
+        self.propose(Change::DiskLost { peer: at, session }, out);
+    }
+
+    /// The record names the server alone.
+    pub(crate) fn server_recorded(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        let asked = self
+            .diskless
+            .as_ref()
+            .is_some_and(|d| d.server == slot && d.phase == Phase::Recording);
+        if !self.store.is_cluster() {
+            self.sb.in_sync = SlotSet::only(slot);
+            self.sb.in_sync_version += 1;
+        }
+        self.sb.in_sync_pending = self.with_joining(self.sb.in_sync);
+        if !asked || !self.peers[at].on(session) {
+            return;
         }
         let text = format!("copy {} serves for this copy, whose disk failed", slot.0);
         self.notice(Level::Warning, "diskless", Some(slot), text, out);

@@ -11,6 +11,7 @@ mod admin;
 pub mod api;
 mod attach;
 pub mod bitmap;
+mod cluster_store;
 mod congestion;
 mod diskless;
 mod generations;

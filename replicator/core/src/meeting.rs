@@ -3,6 +3,7 @@
 
 use crate::api::*;
 use crate::bitmap::PageContent;
+use crate::cluster_store::Change;
 use crate::handshake::{self, CopyPlan, Decision, How, Outcome};
 use crate::peer::*;
 use crate::service::*;
@@ -79,7 +80,7 @@ impl Core {
             return;
         };
         // Facts are told when they are durable; every event looks again whether they are.
-        if self.commit_pending() {
+        if self.commit_pending() || !self.store.may_meet() {
             return;
         }
         // What an earlier session or role left in flight is finished first: facts are told when they are true.
@@ -94,6 +95,7 @@ impl Core {
             session: session.0,
             ..Inbox::default()
         };
+        self.peers[at].met_record = None;
         let facts = self.facts(at);
         self.peers[at].told_generation = self.generation();
         let hello = Hello::new(self.sb.node, self.slot, self.sb.service, facts.clone());
@@ -227,7 +229,8 @@ impl Core {
         self.decide_if_met(at, out);
     }
 
-    fn decide_if_met(&mut self, at: usize, out: &mut Actions) {
+    /// Both sides' facts are there, and the cluster's record if there is one.
+    pub(crate) fn decide_if_met(&mut self, at: usize, out: &mut Actions) {
         let Relation::Greeting {
             sent: Some(mine),
             theirs: Some(theirs),
@@ -240,9 +243,28 @@ impl Core {
         }
         let slot = self.peers[at].slot;
         let theirs = theirs.facts;
-        let decision = handshake::decide(&mine, &theirs, None);
+        let mut record = None;
+        if self.store.is_cluster() {
+            match self.peers[at].met_record.clone() {
+                None => return self.store_meets(at, out),
+                Some(known) => record = known,
+            }
+        }
+        let decision = handshake::decide(&mine, &theirs, record.as_ref());
+        if self.store.is_cluster()
+            && !(mine.follows_third || theirs.follows_third)
+            && let Some(why) = waits_for_primary(&mine, &theirs, record.is_some(), &decision)
+        {
+            self.peers[at].last_error = why.into();
+            self.notice(Level::Info, "waiting", Some(slot), why.into(), out);
+            self.peers[at].relation = Relation::Waiting { since: self.now };
+            return;
+        }
         self.peers[at].row = Some(decision.row);
-        self.peers[at].member_here = handshake::in_sync(&mine, &theirs, mine.slot);
+        self.peers[at].member_here = match &record {
+            Some(record) => record.in_sync.contains(mine.slot),
+            None => handshake::in_sync(&mine, &theirs, mine.slot),
+        };
         self.peers[at].met = Some(self.now);
         self.peers[at].handshake =
             handshake::explain(&decision, &|slot| format!("copy {}", slot.0));
@@ -756,22 +778,36 @@ impl Core {
             return;
         }
         let slot = self.peers[at].slot;
-        if self
+        let in_s = self
             .sb
             .in_sync
             .union(self.sb.in_sync_pending)
-            .contains(slot)
-        {
-            // It durably knows that it is a target, so it will not be promoted unasked: leaving S is safe.
-            self.hold_stable();
+            .contains(slot);
+        if !in_s || (self.store.is_cluster() && !self.is_primary_like()) {
+            return self.commit(Then::SourceRecorded { peer: at, session }, out);
+        }
+        // It durably knows that it is a target, so it will not be promoted unasked: leaving S is safe.
+        self.hold_stable();
+        if self.is_primary_like() {
+            self.new_generation(GenerationCause::PeerLost);
+            self.generation_committing = true;
+        }
+        if self.store.is_cluster() {
+            self.commit(Then::GenerationBegun, out);
+        }
+        self.propose(Change::Target { peer: at, session }, out);
+    }
+
+    /// S without the target is committed.
+    pub(crate) fn target_left(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        if !self.store.is_cluster() {
             self.sb.in_sync = self.sb.in_sync.without(slot);
             self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
             self.sb.in_sync_version += 1;
-            if self.is_primary_like() {
-                self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
-                self.new_generation(GenerationCause::PeerLost);
-                self.generation_committing = true;
-            }
+        }
+        if self.is_primary_like() {
+            self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
         }
         self.commit(Then::SourceRecorded { peer: at, session }, out);
     }
@@ -803,4 +839,31 @@ impl Core {
         self.check_all(out);
         self.pump_source(at, out);
     }
+}
+
+/// Where the record says who is promoted, copies are filled by a primary alone: which of two followers should be the other's source
+/// depends on who is promoted next, and a member of S that was being filled could not be. Without the record only what follows from a
+/// live primary is carried out.
+fn waits_for_primary(
+    mine: &Facts,
+    theirs: &Facts,
+    record_read: bool,
+    decision: &Decision,
+) -> Option<&'static str> {
+    let primary = [mine, theirs].into_iter().find(|f| f.is_primary);
+    let by_primary = match (&decision.outcome, primary) {
+        (Outcome::Refuse { .. }, _) => true,
+        (Outcome::Nothing, Some(_)) => true,
+        (Outcome::Nothing, None) => record_read,
+        (Outcome::Copy(plan), Some(primary)) => plan.source == primary.slot,
+        (_, Some(_)) => record_read,
+        (_, None) => false,
+    };
+    if by_primary {
+        return None;
+    }
+    Some(match primary {
+        None => "neither copy is primary: one fills the other once somebody is promoted",
+        Some(_) => "the cluster store cannot be reached, and what is to be done depends on it",
+    })
 }

@@ -227,6 +227,8 @@ impl Inbox {
 /// One other copy.
 #[derive(Debug)]
 pub(crate) struct Peer {
+    /// The cluster's record as read for this meeting; `Some(None)`: it was not to be had.
+    pub met_record: Option<Option<crate::handshake::StoreRecord>>,
     pub slot: Slot,
     pub node: Uuid,
     /// Index of its record in the superblock.

@@ -1,6 +1,7 @@
 //! How a copy becomes primary: what it waits for, whom it asks, in which order it becomes durable; and what a copy answers that is asked.
 
 use crate::api::*;
+use crate::cluster_store::Change;
 use crate::handshake::{self, PromotionKind};
 use crate::peer::*;
 use crate::roles::refusal;
@@ -76,6 +77,7 @@ impl Core {
         }
         let refuse = |core: &mut Core, refusal: Refusal, out: &mut Actions| {
             core.promotion_wanted = None;
+            core.store.forget_promotion();
             out.push(Action::AdminDone {
                 admin: wanted.admin,
                 result: Err(refusal),
@@ -176,6 +178,27 @@ impl Core {
         if applying || self.commit_pending() {
             return;
         }
+        let record = if self.store.is_cluster() {
+            match self.store_for_promotion(out) {
+                Some(record) => Some(record),
+                None if self.now.ms_since(wanted.since) > PROMOTION_WAIT_MS
+                    && !self.store.unknown() =>
+                {
+                    return refuse(
+                        self,
+                        refusal(
+                            "the cluster store does not answer, so nobody knows who may write",
+                            "No copy was promoted and no data changed",
+                            "Bring back a majority of the nodes (and the witness)",
+                        ),
+                        out,
+                    );
+                }
+                None => return,
+            }
+        } else {
+            None
+        };
         let connected: SlotSet = self
             .peers
             .iter()
@@ -194,14 +217,30 @@ impl Core {
         let in_s = self.sb.in_sync.contains(self.slot);
         let whole =
             self.sb.state == CopyState::UpToDate || (self.sb.state == CopyState::Complete && in_s);
-        let planned = whole && in_s || self.follower_has_all();
+        // The record names members itself.
+        let member = whole && in_s && record.is_none();
+        let planned = member || self.follower_has_all();
         let allowed = if !connected.is_empty() && members_connected && planned {
             Ok(handshake::Promotion {
                 kind: PromotionKind::Planned,
                 may_lose: String::new(),
             })
         } else {
-            handshake::may_promote(&facts, None, None, wanted.force)
+            handshake::may_promote(&facts, None, record.as_ref(), wanted.force)
+        };
+        // C1, C13: neither a disk that the record does not count on nor one that is ahead of the record.
+        let allowed = match (&record, allowed) {
+            (Some(record), Ok(_)) if facts.epoch.number > record.epoch.number => {
+                handshake::may_promote(&facts, None, Some(record), false)
+            }
+            (Some(_), Ok(promotion)) if self.store.stranger() && !promotion.is_forced() => {
+                Err(refusal(
+                    "the cluster's record knows another disk, or a later attachment of it, for this copy",
+                    "No copy was promoted and no data changed",
+                    "Connect a copy that is up to date, or promote this one with --force if there is none",
+                ))
+            }
+            (_, allowed) => allowed,
         };
         // D11: a mixture is rolled back for want of anything better, not beside it.
         let better = self.peers.iter().find(|p| {
@@ -227,6 +266,12 @@ impl Core {
                 refuse(self, text, out);
             }
             (Ok(promotion), _) => {
+                // C1: the compare-and-swap is what decides between two.
+                if let Some(record) = record
+                    && !self.epoch_granted(&record, out)
+                {
+                    return;
+                }
                 self.promotion_wanted = None;
                 self.drop_kept(out);
                 self.start_promotion(wanted.admin, &promotion, wanted.force, connected, out);
@@ -270,11 +315,13 @@ impl Core {
         connected: SlotSet,
         out: &mut Actions,
     ) {
-        let epoch = Epoch {
+        let next = Epoch {
             number: self.sb.epoch_gate.number + u64::from(!planted!("epoch-taken-twice")),
             owner: self.slot.0,
         };
+        let epoch = self.store.take_granted().unwrap_or(next);
         self.role = Role::Promoting;
+        self.in_sync_of_record();
         let mut reason = words::promotion(allowed.kind).to_owned();
         if !allowed.may_lose.is_empty() {
             reason = format!("{reason}; this may lose {}", allowed.may_lose);
@@ -290,6 +337,8 @@ impl Core {
             agreed: SlotSet::EMPTY,
             committed: false,
             durable: false,
+            proposed: false,
+            recorded: false,
             reason,
         });
         if allowed.kind == PromotionKind::ForcedAfterRollback && !planted!("rollback-skipped") {
@@ -369,6 +418,17 @@ impl Core {
         if !self.unclean_start || !planted!("positions-reused") {
             self.new_generation(cause);
         }
+        // What was unclean is settled by a generation of its own.
+        self.unclean_start = false;
+        self.was_primary_before = false;
+        self.sb.volume_disks = self.volumes.iter().map(|v| v.disk).collect();
+        for volume in &mut self.volumes {
+            volume.blank = false;
+        }
+        if self.store.is_cluster() {
+            // S follows once the connected copies hold the generation.
+            return self.commit(Then::Promoted, out);
+        }
         // Copies that did not agree leave S durably before this copy serves (they are unreachable).
         let mut in_sync = SlotSet::only(self.slot);
         for slot in self.sb.in_sync.iter() {
@@ -386,14 +446,16 @@ impl Core {
         self.sb.in_sync = in_sync;
         self.sb.in_sync_pending = in_sync;
         self.sb.flags.solo = in_sync == SlotSet::only(self.slot);
-        // What was unclean is settled by a generation of its own.
-        self.unclean_start = false;
-        self.was_primary_before = false;
-        self.sb.volume_disks = self.volumes.iter().map(|v| v.disk).collect();
-        for volume in &mut self.volumes {
-            volume.blank = false;
-        }
         self.commit(Then::Promoted, out);
+    }
+
+    /// The cluster's record has S and generation of this promotion.
+    pub(crate) fn promotion_recorded(&mut self, out: &mut Actions) {
+        if let Some(promotion) = &mut self.promotion {
+            promotion.recorded = true;
+            self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
+            self.commit(Then::Nothing, out);
+        }
     }
 
     pub(crate) fn promotion_durable(&mut self, out: &mut Actions) {
@@ -413,6 +475,16 @@ impl Core {
             || !self.generation_unknown_to.is_empty()
             || self.commit_pending()
         {
+            return;
+        }
+        if self.store.is_cluster()
+            && let Some(promotion) = &mut self.promotion
+            && promotion.durable
+            && !promotion.recorded
+        {
+            if !std::mem::replace(&mut promotion.proposed, true) {
+                self.propose(Change::Promoted, out);
+            }
             return;
         }
         let Some(promotion) = self.promotion.take_if(|p| p.durable) else {
@@ -453,7 +525,10 @@ impl Core {
             {
                 self.begin_join(at, out);
             } else if self.peers[at].mode != Mode::Async
-                && self.peers[at].their_state == Some(CopyState::Complete)
+                && matches!(
+                    self.peers[at].their_state,
+                    Some(CopyState::Complete | CopyState::Consistent)
+                )
             {
                 // A former leader's `InSync` never reached it.
                 self.tell_in_sync(at, out);
@@ -508,6 +583,8 @@ impl Core {
             && epoch != self.sb.epoch_gate
         {
             reason = format!("epoch {} was accepted already", self.sb.epoch_gate.number);
+        } else if self.store.is_cluster() {
+            // The record says who owns the epoch: it asks when it does.
         } else if let (false, Some(other)) = (asks.force, self.agreed_to_another(slot)) {
             reason = format!(
                 "this copy agreed to the promotion of copy {}, which is not connected and may be primary",

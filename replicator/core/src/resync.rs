@@ -1,6 +1,7 @@
 //! Resync: the source copies what the bits name, the target records Complete, S takes it in (D8).
 
 use crate::api::*;
+use crate::cluster_store::Change;
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
@@ -573,6 +574,10 @@ impl Core {
         if self.is_primary_like() {
             return true;
         }
+        if self.store.is_cluster() {
+            // Only the owner of the epoch changes S there, beside a copy that takes itself out.
+            return false;
+        }
         let owner = self.sb.epoch_gate.owner;
         let nobody = self.sb.epoch_gate.number == 0 || usize::from(owner) >= MAX_COPIES;
         let owner_known = nobody
@@ -625,18 +630,25 @@ impl Core {
         if self.peers[at].oldest_unacked.is_some_and(|p| p <= through) && !planted!("joins-early") {
             return;
         }
-        let slot = self.peers[at].slot;
         self.peers[at].relation = Relation::Joining {
             through,
             committing: true,
         };
-        self.sb.in_sync = self.sb.in_sync.with(slot).with(self.slot);
+        self.propose(Change::Joined { peer: at, session }, out);
+    }
+
+    /// S with the copy is committed.
+    pub(crate) fn member_joined(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        if !self.store.is_cluster() {
+            self.sb.in_sync = self.sb.in_sync.with(slot).with(self.slot);
+            self.sb.in_sync_version += 1;
+        }
         if self.sb.state == CopyState::Complete {
             // A member of S like the one it filled.
             self.sb.state = CopyState::UpToDate;
         }
         self.sb.flags.solo = false;
-        self.sb.in_sync_version += 1;
         // Durable here before the copy hears of it.
         self.commit(Then::Joined { peer: at, session }, out);
     }
@@ -726,17 +738,21 @@ impl Core {
     pub(crate) fn join_abandoned(&mut self, at: usize, _out: &mut Actions) {
         let slot = self.peers[at].slot;
         if !self.sb.in_sync.contains(slot) {
-            self.sb.in_sync_pending = self.with_joining(self.sb.in_sync).without(slot);
+            self.sb.in_sync_pending = self
+                .with_joining(self.sb.in_sync)
+                .without(slot)
+                .union(self.store.possibly());
         }
     }
 
-    /// `set`, and every copy that joins now: from `begin_join` on, nothing completes without it (D1), whatever becomes of
+    /// `set`, what a change under way may make of it, and every copy that joins now: from `begin_join` on, nothing completes without it (D1), whatever becomes of
     /// another copy's join meanwhile.
     pub(crate) fn with_joining(&self, set: SlotSet) -> SlotSet {
         self.peers
             .iter()
             .filter(|p| matches!(p.relation, Relation::Joining { .. }))
             .fold(set, |set, p| set.with(p.slot))
+            .union(self.store.possibly())
     }
 
     pub(crate) fn in_sync_told(
@@ -754,7 +770,12 @@ impl Core {
             self.bad_frame(at, "S was told out of turn", out);
             return;
         }
-        let became = set.contains(self.slot) && self.sb.state == CopyState::Complete;
+        // One past point that the primary grew from is as good as all of it, once both agree that they hold the same.
+        let whole = self.sb.state == CopyState::Complete
+            || (self.sb.state == CopyState::Consistent
+                && self.store.is_cluster()
+                && self.peers[at].is_primary);
+        let became = set.contains(self.slot) && whole;
         self.sb.in_sync = set;
         self.sb.in_sync_pending = set;
         self.sb.in_sync_version = version;
@@ -762,6 +783,7 @@ impl Core {
             return self.commit(Then::Nothing, out);
         }
         self.sb.state = CopyState::UpToDate;
+        self.sb.flags.rolled_back = false;
         let slot = self.peers[at].slot;
         self.notice(
             Level::Info,

@@ -1,6 +1,7 @@
 //! What ends or narrows a role: the loss of a member of S, demotion, the failure of the own disk.
 
 use crate::api::*;
+use crate::cluster_store::Change;
 use crate::op::*;
 use crate::peer::*;
 use crate::service::*;
@@ -105,20 +106,42 @@ impl Core {
             return self.check_all(out);
         }
         self.hold_stable();
-        for slot in missing.iter() {
-            self.sb.in_sync = self.sb.in_sync.without(slot);
-            self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
-        }
-        self.sb.in_sync = self.sb.in_sync.with(self.slot);
-        self.sb.in_sync_version += 1;
-        self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
         if !planted!("no-generation-without-the-peer") {
             self.new_generation(GenerationCause::PeerLost);
             self.generation_committing = true;
         }
+        if self.store.is_cluster() {
+            // The record names it when everybody who stays holds it.
+            self.commit(Then::GenerationBegun, out);
+        }
+        self.propose(Change::Dropped, out);
+    }
+
+    /// S without the lost copies is committed.
+    pub(crate) fn members_left(&mut self, out: &mut Actions) {
+        if !self.dropping {
+            return;
+        }
+        if !self.is_primary_like() {
+            self.dropping = false;
+            return self.check_all(out);
+        }
+        let left = match self.store.is_cluster() {
+            false => self.missing_members(),
+            true => self.outside_s(),
+        };
+        if !self.store.is_cluster() {
+            for slot in left.iter() {
+                self.sb.in_sync = self.sb.in_sync.without(slot);
+                self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
+            }
+            self.sb.in_sync = self.sb.in_sync.with(self.slot);
+            self.sb.in_sync_version += 1;
+        }
+        self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
         let text = format!(
             "{} left the in-sync set, in it are {}: degraded, the service goes on",
-            words::copies(missing),
+            words::copies(left),
             words::copies(self.sb.in_sync)
         );
         self.notice(Level::Error, "peer-dropped", None, text, out);
@@ -142,6 +165,26 @@ impl Core {
         self.dropping = false;
         self.announce_in_sync(out);
         self.check_all(out);
+        if self.store.is_cluster() && self.role == Role::Primary {
+            // Came back while the record was changed.
+            for at in 0..self.peers.len() {
+                let peer = &self.peers[at];
+                if matches!(peer.relation, Relation::Established)
+                    && peer.mode != Mode::Async
+                    && !self.sb.in_sync.contains(peer.slot)
+                {
+                    self.begin_join(at, out);
+                }
+            }
+        }
+    }
+
+    /// Copies that a sync or semi-sync primary wants in S and does not have there.
+    fn outside_s(&self) -> SlotSet {
+        self.peers
+            .iter()
+            .filter(|p| p.mode != Mode::Async && !self.sb.in_sync.contains(p.slot))
+            .fold(SlotSet::EMPTY, |set, p| set.with(p.slot))
     }
 
     // --- the end of being primary ---
@@ -198,7 +241,15 @@ impl Core {
             self.diskless_end_reads(out);
         }
         let settled = self.generation_unknown_to.is_empty() && !self.generation_committing;
-        if self.client_in_flight() || !(settled || alone) || self.dropping {
+        // What a change of S comes to is known first, if it is to be had: who is lost with it is not in the way of stopping.
+        let changing = match self.store.unknown() {
+            true => {
+                self.end_client_io(Status::Io, true, out);
+                false
+            }
+            false => self.dropping || self.store.busy(),
+        };
+        if self.client_in_flight() || !(settled || alone) || changing {
             return;
         }
         if !self.demote_flush_sent && !alone {

@@ -32,6 +32,8 @@ pub(crate) enum Then {
     },
     /// S without a lost copy, and a new generation.
     PeerDropped,
+    /// A new generation that the cluster's record is to name: told to the others before it does.
+    GenerationBegun,
     GateRaised {
         peer: usize,
         session: SessionId,
@@ -161,6 +163,9 @@ pub(crate) struct Promotion {
     pub committed: bool,
     /// Gate, generation and S are on the disk.
     pub durable: bool,
+    /// S and generation are in the cluster's record: asked for, and so.
+    pub proposed: bool,
+    pub recorded: bool,
     pub reason: String,
 }
 
@@ -232,6 +237,7 @@ pub struct Core {
     pub(crate) surplus: Option<crate::surplus::Saving>,
     /// The own disk failed and a member of S serves for it (D13).
     pub(crate) diskless: Option<crate::diskless::Diskless>,
+    pub(crate) store: crate::cluster_store::ClusterStore,
 }
 
 /// A request in several pieces (large zeroes).
@@ -293,6 +299,8 @@ impl Core {
                 session,
                 bytes,
             } => self.drained(peer, session, bytes, out),
+            Event::StoreRecord { id, record } => self.store_record(id, record, out),
+            Event::StoreSwapped { id, outcome } => self.store_swapped(id, outcome, out),
             Event::Tick => {}
             Event::Admin { admin, command } => self.admin(admin, command, out),
         }
@@ -315,7 +323,8 @@ impl Core {
         }
         let linked = self.peers.iter().any(|p| p.session.is_some());
         // A promotion waits for a time too: for a copy that is about to meet again, and does not.
-        let busy = !self.window.is_empty() || self.promotion_wanted.is_some();
+        let busy =
+            !self.window.is_empty() || self.promotion_wanted.is_some() || self.store.needs_time();
         let usual = self.now.after_ms(self.tuning.heartbeat_ms.min(100));
         let resync = self.resync_rate.ready_at().unwrap_or(usual).min(usual);
         (linked || busy).then_some(resync)
@@ -451,6 +460,7 @@ impl Core {
                 self.generation_committed(out);
                 self.peer_dropped(out);
             }
+            Then::GenerationBegun => self.generation_committed(out),
             Then::GateRaised {
                 peer,
                 session,
@@ -686,6 +696,7 @@ impl Core {
                 self.send_body(at, FrameKind::Heartbeat, Body::Empty, out);
             }
         }
+        self.store_progress(out);
         self.resync_on_time(out);
         self.stability_on_time(out);
         self.watch_congestion(out);

@@ -503,6 +503,10 @@ impl Service {
                 self.notice(around.log, notice);
                 Ok(())
             }
+            // Without an agent each copy keeps its own record (`StoreKind::Own`), and its core never asks for another.
+            Action::StoreRead { .. } | Action::StoreSwap { .. } => {
+                Err("the core asked for a cluster store that it was not given".into())
+            }
             Action::Halt { reason } => Err(reason),
         }
     }

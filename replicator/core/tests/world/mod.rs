@@ -3,6 +3,7 @@
 // Each test program uses a part of it.
 #![allow(dead_code)]
 
+pub mod register;
 pub mod resync;
 
 use holdfast_replicator_core::api::*;
@@ -92,6 +93,8 @@ pub struct World {
     pub tuning: Tuning,
     /// A crash may tear blocks of metadata that are being written.
     pub tear_metadata: bool,
+    /// The cluster's register, where there is one.
+    pub register: Option<register::Register>,
 }
 
 const SERVICE: Uuid = Uuid(0x1111_2222_3333_4444_5555_6666_7777_8888);
@@ -155,6 +158,7 @@ impl World {
                 ..Tuning::default()
             },
             tear_metadata: false,
+            register: None,
         };
         let in_sync = (0..modes.len())
             .filter(|n| modes[*n] != Mode::Async)
@@ -259,6 +263,10 @@ impl World {
             incarnation: Incarnation(self.rng.next() | 1),
             seed: self.rng.next(),
             tuning: self.tuning,
+            store: match self.register {
+                Some(_) => StoreKind::Cluster,
+                None => StoreKind::Own,
+            },
         };
         let mut out = Vec::new();
         let core = Core::attach(parameters, &mut &self.nodes[n].disk, self.now, &mut out)?;
@@ -305,6 +313,10 @@ impl World {
                         new.copy_from_slice(old);
                     }
                 }
+            }
+            if let Action::StoreSwap { .. } = &action {
+                self.swap_without_asker(&action);
+                continue;
             }
             // What was submitted may land or not.
             if self.rng.chance(50) {
@@ -444,9 +456,10 @@ impl World {
                 Action::SurplusBegin { about } => {
                     self.nodes[n].surplus.push((about, Vec::new(), None));
                 }
-                Action::SurplusWrite { .. } | Action::SurplusEnd { .. } => {
-                    self.nodes[n].pending.push(action);
-                }
+                Action::SurplusWrite { .. }
+                | Action::SurplusEnd { .. }
+                | Action::StoreRead { .. }
+                | Action::StoreSwap { .. } => self.nodes[n].pending.push(action),
                 Action::Send {
                     peer,
                     session,
@@ -583,6 +596,9 @@ impl World {
             Action::SurplusWrite { .. } | Action::SurplusEnd { .. }
         ) {
             return self.finish_surplus(n, &action);
+        }
+        if matches!(action, Action::StoreRead { .. } | Action::StoreSwap { .. }) {
+            return self.finish_store(n, &action);
         }
         let unreadable = matches!((&action, self.nodes[n].bad),
             (Action::DiskRead { volume, offset, length, .. }, Some((bad, at)))
@@ -847,6 +863,8 @@ impl World {
                 choices.push((1, from, to));
             }
         }
+        let late = self.register.as_ref().map_or(0, |r| r.late.len());
+        choices.extend((0..late).map(|at| (2, at, 0)));
         if choices.is_empty() {
             self.now = self.now.after_ms(50);
             for n in 0..self.nodes.len() {
@@ -858,6 +876,7 @@ impl World {
         let at = self.rng.below(choices.len() as u64) as usize;
         match choices[at] {
             (0, n, at) => self.finish_disk(n, at),
+            (2, at, _) => self.late_swap(at),
             (_, from, to) => self.deliver(from, to),
         }
         true
