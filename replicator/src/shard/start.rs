@@ -365,7 +365,7 @@ fn attach(
         incarnation,
         seed: random_u64().map_err(StartError::Random)?,
         tuning: service.tuning,
-        store: StoreKind::Own,
+        store: holdfast_replicator_core::api::StoreKind::Own,
     };
     let now = shard.now();
     let mut actions = Actions::new();
