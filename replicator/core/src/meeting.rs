@@ -617,6 +617,7 @@ impl Core {
     /// The way back is durable, as far as there is one (D12): this copy becomes a target.
     pub(crate) fn record_target(&mut self, plan: &TargetPlan, out: &mut Actions) {
         let at = plan.peer;
+        self.peers[at].target.goes_on = !plan.fresh;
         self.sb.state = CopyState::Inconsistent;
         self.sb.target_of = plan.goal;
         self.sb.target_source = self.peers[at].slot.0;
@@ -648,6 +649,7 @@ impl Core {
         self.local_flushed = 0;
         self.peers[at].target = TargetState {
             started: now,
+            goes_on: self.peers[at].target.goes_on,
             ..TargetState::default()
         };
         // Our bits toward the source: what it may lack of ours is what we must take of its (row: "both sides' bits").

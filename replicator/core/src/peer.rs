@@ -132,6 +132,8 @@ pub(crate) struct TargetState {
     pub generation_base: Option<Position>,
     /// Third copies that hold what the source holds, as it says.
     pub equal: SlotSet,
+    /// This copy was in the middle of a resync already, from whomever.
+    pub goes_on: bool,
 }
 
 /// A run of the online comparison.

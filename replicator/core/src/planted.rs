@@ -105,6 +105,7 @@ mod on {
         defect("undo-skipped", "D12", "a target overwrites blocks without saving them"),
         defect("others-forgotten", "D7", "a secondary makes no bits toward copies outside S"),
         defect("resync-leaves-no-trace", "D7", "what a resync brought makes no bits toward third copies"),
+        unseen("equal-leaves-no-trace", "D7", "what a resync that goes on finds to be equal makes no bits toward third copies"),
         unseen("filled-and-filling", "D8", "a copy that is being filled goes on filling another"),
         defect("superseded-stays", "C1", "a copy that hears of a newer epoch stays in its S"),
         defect("third-party-epoch", "C1", "an epoch told by another than its owner is taken as if nothing followed from it"),

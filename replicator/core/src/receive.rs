@@ -710,6 +710,12 @@ impl Core {
                 if digest == Some(theirs) && matches!(peer.relation, Relation::Target) {
                     let landed = (peer.target.begun_sequence, op.volume, op.offset, op.length);
                     peer.target.landed.push(landed);
+                    if peer.target.goes_on && !planted!("equal-leaves-no-trace") {
+                        // D7: it may have come before the resync was cut, and the marks of that were lost with the process.
+                        for other in (0..self.peers.len()).filter(|other| *other != at) {
+                            self.set_bits(other, op.volume, op.offset, op.length);
+                        }
+                    }
                 }
                 self.was_read(at, &op, result.is_ok(), out);
                 let body = Body::VerifyReply {

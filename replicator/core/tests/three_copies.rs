@@ -223,6 +223,83 @@ fn what_a_resync_brought_is_known_toward_members_too() {
     }
 }
 
+/// D7: copy 2 was killed in the middle of a full copy. When it goes on, what had come and was not flushed is found to be equal and not
+/// sent again; it is what copy 1, in the middle of a resync from the same primary, lacks. Copy 2 goes on filling copy 1 when the
+/// primary is gone, and has to know.
+#[test]
+fn what_came_before_a_resync_went_on_is_known_toward_a_third_copy() {
+    // In another extent of the log than what copy 0 wrote.
+    let far = 2050..2058;
+    let (mut reached, mut compared) = (0, 0);
+    for seed in 0..40 {
+        let mut w = World::new(seed, &FOLLOWED, OnPeerLoss::Suspend, &[16 << 20], true);
+        // They never met: neither has a list toward the other, and all is compared.
+        w.cut.push((1, 2));
+        for n in 0..3 {
+            w.start(n);
+        }
+        w.until("they agree with copy 0", 4000, |w| {
+            w.settled(&[0, 1]) && w.settled(&[0, 2])
+        });
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        w.until("copy 2 has it", 100_000, |w| holds(w, 2, 1, 1));
+        cut(&mut w, 0, 2);
+        // Copy 0 becomes a target of copy 1, and gets nowhere.
+        w.crash(0, false);
+        w.start(0);
+        w.until("copy 0 is a target", 100_000, |w| {
+            on_disk(w, 0).state == CopyState::Inconsistent
+        });
+        cut(&mut w, 0, 1);
+        w.crash(1, false);
+        w.start(1);
+        ok(w.promote(1, false));
+        for block in far.clone() {
+            written(&mut w, 1, block, 5);
+        }
+        w.crash(1, false);
+        w.start(1);
+        w.cut.retain(|pair| *pair != (1, 2));
+        w.until("what copy 1 wrote came to copy 2", 400_000, |w| {
+            far.clone().all(|block| holds(w, 2, block, 5))
+        });
+        if on_disk(&w, 2).state != CopyState::Inconsistent {
+            continue;
+        }
+        w.crash(2, false);
+        w.start(2);
+        w.until("copy 2 is whole", 400_000, |w| {
+            on_disk(w, 2).state == CopyState::Complete
+        });
+        let source = w.nodes[1].core.as_ref().expect("a process");
+        compared += source.status(w.now).counters.resync_equal_bytes;
+        w.cut.retain(|pair| *pair != (0, 1));
+        let goal = on_disk(&w, 1).generations.last().expect("one").id;
+        w.until("copy 0 is its target, too", 400_000, |w| {
+            on_disk(w, 0).target_of == goal
+        });
+        cut(&mut w, 0, 1);
+        cut(&mut w, 1, 2);
+        if far.clone().all(|block| holds(&w, 0, block, 5)) {
+            continue;
+        }
+        w.cut.retain(|pair| *pair != (0, 2));
+        w.until("copy 2 fills copy 0", 400_000, |w| {
+            on_disk(w, 0).state == CopyState::Complete && w.settled(&[0, 2])
+        });
+        reached += 1;
+        assert!(
+            w.nodes[0].disk.data == w.nodes[2].disk.data,
+            "seed {seed}: nobody knows that they differ"
+        );
+    }
+    assert!(
+        reached > 10 && compared > 0,
+        "reached {reached} times, {compared} bytes compared"
+    );
+}
+
 /// C2: copy 0 lost power and with it what it had acknowledged; the primary, copy 2, is not there. A blank copy that copy 0
 /// fills did not lose power, and must not pass for one that lacks nothing.
 #[test]
