@@ -41,8 +41,13 @@ pub(crate) enum Change {
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
 enum ReadFor {
     Attach,
-    Meeting { peer: usize, session: SessionId },
+    Meeting {
+        peer: usize,
+        session: SessionId,
+    },
     Promotion,
+    /// A change that waits knows more than the record did.
+    Change,
 }
 
 #[derive(Debug)]
@@ -155,6 +160,8 @@ impl ClusterStore {
 enum Next {
     /// What it promises is not durable yet.
     Wait,
+    /// The record known here is older than what was heard from a peer: it is read again first.
+    Stale,
     /// Nobody wants it any more.
     Gone,
     /// The record says it already.
@@ -203,6 +210,14 @@ impl Core {
             };
             match self.next_record(&change, &base) {
                 Next::Wait => return self.store.waiting.push_front(change),
+                Next::Stale => {
+                    self.store.waiting.push_front(change);
+                    if self.store.again.is_none() {
+                        self.store.again = Some(now.after_ms(AGAIN_MS));
+                        self.store_read(ReadFor::Change, out);
+                    }
+                    return;
+                }
                 Next::Gone => self.change_gone(&change, out),
                 Next::Committed => self.committed(change, out),
                 Next::Swap(record) => {
@@ -281,7 +296,9 @@ impl Core {
                 };
                 let mut in_sync = SlotSet::only(self.slot);
                 for slot in base.in_sync.iter() {
-                    if promotion.agreed.contains(slot) && !asynchronous(slot) && self.follows(slot)
+                    if promotion.agreed.contains(slot)
+                        && !asynchronous(slot)
+                        && self.follows(slot, base)
                     {
                         in_sync = in_sync.with(slot);
                     }
@@ -343,8 +360,12 @@ impl Core {
                 if base.in_sync.contains(slot) {
                     return Next::Committed;
                 }
-                if !owner || !joining || !self.peers[*peer].on(*session) {
+                let there = joining && self.peers[*peer].on(*session);
+                if !owner || !there {
                     return Next::Gone;
+                }
+                if !self.follows(slot, base) {
+                    return Next::Stale;
                 }
                 if !told {
                     return Next::Wait;
@@ -372,11 +393,17 @@ impl Core {
         Next::Swap(record)
     }
 
-    /// That copy takes every write from here on.
-    fn follows(&self, slot: Slot) -> bool {
-        self.peers
-            .iter()
-            .any(|p| p.slot == slot && matches!(p.relation, Relation::Established))
+    /// That copy takes every write from here on, in the attachment that the record knows: not in one that ended meanwhile (D2).
+    fn follows(&self, slot: Slot, base: &StoreRecord) -> bool {
+        self.peers.iter().any(|p| {
+            p.slot == slot
+                && matches!(p.relation, Relation::Established | Relation::Joining { .. })
+                && base.copies.iter().any(|copy| {
+                    copy.slot == slot
+                        && copy.disk == p.their_disk
+                        && copy.attach_counter == p.their_attach_counter
+                })
+        })
     }
 
     fn store_copy(&self) -> StoreCopy {
@@ -453,15 +480,16 @@ impl Core {
                 self.store.granted = Some(epoch);
                 self.try_promotion(out);
             }
-            Change::Promoted => self.promotion_recorded(out),
+            Change::Promoted => {
+                self.in_sync_of_record();
+                self.promotion_recorded(out);
+            }
             Change::Dropped => self.members_left(out),
             Change::Target { peer, session } => self.target_left(peer, session, out),
             Change::Joined { peer, session } => self.member_joined(peer, session, out),
             Change::Mode { slot, admin, text } => {
-                if !self.store.is_cluster() {
-                    self.sb.in_sync = self.sb.in_sync.without(slot);
-                    self.sb.in_sync_version += 1;
-                }
+                self.sb.in_sync = self.sb.in_sync.without(slot);
+                self.next_in_sync_version();
                 self.sb.in_sync_pending = self.with_joining(self.sb.in_sync).without(slot);
                 self.commit(Then::Admin { admin, text }, out);
             }
@@ -640,6 +668,26 @@ impl Core {
                 }
             }
         }
+    }
+
+    /// S of this copy was changed, as the record was.
+    pub(crate) fn next_in_sync_version(&mut self) {
+        self.sb.in_sync_version = match &self.store.record {
+            Some(record) => record.version,
+            None => self.sb.in_sync_version + 1,
+        };
+    }
+
+    /// Members as this copy has them that the record has no more.
+    pub(crate) fn left_by_record(&self) -> SlotSet {
+        let Some(record) = &self.store.record else {
+            return SlotSet::EMPTY;
+        };
+        self.sb
+            .in_sync
+            .iter()
+            .filter(|slot| !record.in_sync.contains(*slot))
+            .fold(SlotSet::EMPTY, |set, slot| set.with(slot))
     }
 
     /// S is what the record says.

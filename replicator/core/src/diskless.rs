@@ -208,10 +208,8 @@ impl Core {
             .diskless
             .as_ref()
             .is_some_and(|d| d.server == slot && d.phase == Phase::Recording);
-        if !self.store.is_cluster() {
-            self.sb.in_sync = SlotSet::only(slot);
-            self.sb.in_sync_version += 1;
-        }
+        self.sb.in_sync = SlotSet::only(slot);
+        self.next_in_sync_version();
         self.sb.in_sync_pending = self.with_joining(self.sb.in_sync);
         if !asked || !self.peers[at].on(session) {
             return;

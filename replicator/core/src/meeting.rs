@@ -803,11 +803,9 @@ impl Core {
     /// S without the target is committed.
     pub(crate) fn target_left(&mut self, at: usize, session: SessionId, out: &mut Actions) {
         let slot = self.peers[at].slot;
-        if !self.store.is_cluster() {
-            self.sb.in_sync = self.sb.in_sync.without(slot);
-            self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
-            self.sb.in_sync_version += 1;
-        }
+        self.sb.in_sync = self.sb.in_sync.without(slot);
+        self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
+        self.next_in_sync_version();
         if self.is_primary_like() {
             self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
         }

@@ -640,10 +640,8 @@ impl Core {
     /// S with the copy is committed.
     pub(crate) fn member_joined(&mut self, at: usize, session: SessionId, out: &mut Actions) {
         let slot = self.peers[at].slot;
-        if !self.store.is_cluster() {
-            self.sb.in_sync = self.sb.in_sync.with(slot).with(self.slot);
-            self.sb.in_sync_version += 1;
-        }
+        self.sb.in_sync = self.sb.in_sync.with(slot).with(self.slot);
+        self.next_in_sync_version();
         if self.sb.state == CopyState::Complete {
             // A member of S like the one it filled.
             self.sb.state = CopyState::UpToDate;

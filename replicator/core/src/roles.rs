@@ -128,16 +128,14 @@ impl Core {
         }
         let left = match self.store.is_cluster() {
             false => self.missing_members(),
-            true => self.outside_s(),
+            true => self.left_by_record(),
         };
-        if !self.store.is_cluster() {
-            for slot in left.iter() {
-                self.sb.in_sync = self.sb.in_sync.without(slot);
-                self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
-            }
-            self.sb.in_sync = self.sb.in_sync.with(self.slot);
-            self.sb.in_sync_version += 1;
+        for slot in left.iter() {
+            self.sb.in_sync = self.sb.in_sync.without(slot);
+            self.sb.in_sync_pending = self.sb.in_sync_pending.without(slot);
         }
+        self.sb.in_sync = self.sb.in_sync.with(self.slot);
+        self.next_in_sync_version();
         self.sb.flags.solo = self.sb.in_sync == SlotSet::only(self.slot);
         let text = format!(
             "{} left the in-sync set, in it are {}: degraded, the service goes on",
@@ -177,14 +175,6 @@ impl Core {
                 }
             }
         }
-    }
-
-    /// Copies that a sync or semi-sync primary wants in S and does not have there.
-    fn outside_s(&self) -> SlotSet {
-        self.peers
-            .iter()
-            .filter(|p| p.mode != Mode::Async && !self.sb.in_sync.contains(p.slot))
-            .fold(SlotSet::EMPTY, |set, p| set.with(p.slot))
     }
 
     // --- the end of being primary ---
