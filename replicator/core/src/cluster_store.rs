@@ -636,11 +636,12 @@ impl Core {
         let epoch = record.epoch;
         self.store.record = Some(record);
         // A follower hears of S from its primary, in the order of the writes: what it marks toward copies outside S goes by that (D7).
+        // For the same reason a primary goes by its own changes alone: a copy that took itself out is lost first, as any other.
         let follows = self
             .peers
             .iter()
             .any(|p| p.is_primary && p.session.is_some());
-        if !follows || self.is_primary_like() {
+        if !follows && !self.is_primary_like() {
             self.in_sync_of_record();
         }
         // Its own epoch a copy takes in the order of a promotion: its gate before it asks.
