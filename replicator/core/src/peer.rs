@@ -199,6 +199,8 @@ pub(crate) struct Inbox {
     pub last_position: Position,
     /// The primary's stable position as last told.
     pub stable: Position,
+    /// It was demoted: what came after this position a member of S may lack.
+    pub owed_after: Option<Position>,
     pub write_acks: Vec<(u64, u64)>,
     pub received_ack: bool,
     /// Flushes begun that wait for what is before them: (ticket, position, resync sequence).

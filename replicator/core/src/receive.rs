@@ -151,7 +151,9 @@ impl Core {
             }
             (FrameKind::DiskLostAck, _) => self.disk_lost_ack(at, header, out),
             (FrameKind::ReadRequest, _) => self.read_request(at, session, header, out),
-            (FrameKind::Demoted, _) => self.peer_demoted(at, header.position, out),
+            (FrameKind::Demoted, _) => {
+                self.peer_demoted(at, header.position, header.stable_position, out);
+            }
             (FrameKind::VerifyRequest, Body::Verify { sequence, digest }) => {
                 self.verify_request(at, header, sequence, digest, out);
             }
@@ -547,7 +549,18 @@ impl Core {
             return;
         };
         let (volume, offset, length) = (op.volume, op.offset, op.length);
-        if !op.tracked {
+        let (source, position, write) = (op.peer, op.position, op.kind == ApplyKind::Write);
+        let tracked = op.tracked;
+        let owed = self
+            .peer_index(source)
+            .and_then(|at| self.peers[at].inbox.owed_after);
+        if write && owed.is_some_and(|stable| position > stable) {
+            self.received_becomes_bits(key);
+        }
+        let Some(Op::Apply(op)) = self.ops.get(key) else {
+            return;
+        };
+        if !tracked {
             if op.kind == ApplyKind::Resync && !planted!("resync-leaves-no-trace") {
                 self.received_becomes_bits(key);
             }

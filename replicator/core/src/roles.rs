@@ -282,6 +282,12 @@ impl Core {
                 Relation::Established if self.peers[at].flushed >= position => {
                     let mut header = self.header(FrameKind::Demoted);
                     header.position = position;
+                    // What a member of S that is not there lacks, the one who hears this has to remember (D7).
+                    if !planted!("demoted-says-all-have-it") {
+                        header.stable_position = self.stable_position();
+                    } else {
+                        header.stable_position = position;
+                    }
                     self.send(at, header, Payload::None, out);
                 }
                 Relation::Down | Relation::Refused | Relation::Greeting { .. } => {}
@@ -310,11 +316,19 @@ impl Core {
         self.try_promotion(out);
     }
 
-    pub(crate) fn peer_demoted(&mut self, at: usize, position: Position, out: &mut Actions) {
-        if !self.peers[at].is_primary {
+    /// Everything up to `position` is durable at the copy that was primary, and up to `stable` at every member of S.
+    pub(crate) fn peer_demoted(
+        &mut self,
+        at: usize,
+        position: Position,
+        stable: Position,
+        out: &mut Actions,
+    ) {
+        if !self.peers[at].is_primary || stable > position {
             self.bad_frame(at, "a copy that is not primary says it was demoted", out);
             return;
         }
+        self.owed_to_third(at, stable);
         self.peers[at].inbox.stable = position;
         self.pump_inbox(at, out);
         self.trim_window(out);
@@ -333,6 +347,23 @@ impl Core {
             out,
         );
         self.try_promotion(out);
+    }
+
+    /// Members of S may lack what came after `stable`, and nobody will tell them: bits toward every third copy, for what is in the
+    /// window now and for what is applied from here on (D7).
+    fn owed_to_third(&mut self, at: usize, stable: Position) {
+        self.peers[at].inbox.owed_after = Some(stable);
+        let entries: Vec<Entry> = self
+            .window
+            .iter()
+            .filter(|e| e.length > 0 && e.position > stable)
+            .copied()
+            .collect();
+        for entry in entries {
+            for other in (0..self.peers.len()).filter(|other| *other != at) {
+                self.set_bits(other, entry.volume, entry.offset, entry.length);
+            }
+        }
     }
 
     /// Superseded: a newer epoch exists. Nothing completes any more, nothing is flushed first.

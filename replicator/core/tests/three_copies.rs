@@ -300,6 +300,37 @@ fn what_came_before_a_resync_went_on_is_known_toward_a_third_copy() {
     );
 }
 
+/// D7: a parked write is on the disks of the primary and of copy 2 when the primary is demoted. "All of it is durable" is true of
+/// those two alone: copy 1, a member of S that cannot be reached, lacks it, and copy 2 has to know when the primary is gone.
+#[test]
+fn what_a_lost_member_lacks_is_known_after_a_demotion() {
+    for modes in [[Mode::Sync; 3], FOLLOWED] {
+        for seed in 0..20 {
+            let mut w = copies(seed, &modes);
+            ok(w.promote(0, false));
+            written(&mut w, 0, 1, 1);
+            cut(&mut w, 0, 1);
+            cut(&mut w, 1, 2);
+            let parked = write(&mut w, 0, 40, 2);
+            w.steps(300);
+            assert_eq!(w.status_of(0, parked), None, "seed {seed}");
+            ok(w.command(0, Command::Demote));
+            w.until("copy 2 has it", 100_000, |w| holds(w, 2, 40, 2));
+            w.steps(300);
+            w.crash(0, false);
+            w.cut.clear();
+            w.until("copies 1 and 2 meet", 100_000, |w| {
+                let equal = w.nodes[1].disk.data == w.nodes[2].disk.data;
+                w.settled(&[1, 2]) && (equal || w.now.0 > 60_000_000_000)
+            });
+            assert!(
+                w.nodes[1].disk.data == w.nodes[2].disk.data,
+                "seed {seed}: nobody knows that they differ"
+            );
+        }
+    }
+}
+
 /// C2: copy 0 lost power and with it what it had acknowledged; the primary, copy 2, is not there. A blank copy that copy 0
 /// fills did not lose power, and must not pass for one that lacks nothing.
 #[test]
