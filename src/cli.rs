@@ -215,14 +215,15 @@ pub enum Volume {
         #[arg(long)]
         json: bool,
     },
-    /// Give this node's copy of a volume more room (with the service stopped on every node, and on every node)
+    /// Make a volume larger: where the service is primary, on every copy while it is in use; with the service stopped, this node's
+    /// copy alone, to be done on every node
     Grow {
         /// Name of the service
         service: String,
         /// Name of the volume
         volume: String,
         /// Bytes, or with a unit as in 20GiB; a device must be large enough already, a file is made longer
-        /// [default: all that the device has]
+        /// [default: all that the device has; to be named while the service runs]
         size: Option<String>,
     },
     /// Stop using the disks of this node's copy of a service, as if they had failed: a primary goes on through another copy that is

@@ -5,10 +5,12 @@ use crate::consent;
 use crate::failure::{FAILED, Failure, Outcome};
 use crate::output::{json_line, print};
 use holdfast_replicator::config::parse_size;
+use holdfast_replicator::control::client::Client;
 use holdfast_replicator::control::dump;
-use holdfast_replicator::control::protocol::ServiceCommand;
+use holdfast_replicator::control::protocol::{RoleName, ServiceCommand, ServiceReport};
 use holdfast_replicator::control::render;
 use holdfast_replicator::create::{self, CreateOptions, Created};
+use std::time::Duration;
 
 pub fn run(place: &Place, verb: &Volume) -> Outcome {
     match verb {
@@ -166,8 +168,19 @@ fn list(place: &Place, json: bool) -> Outcome {
     Ok(())
 }
 
+/// A growth zeroes what is new, on every copy. That may take hours, and is answered at its end.
+const GROWTH_PATIENCE: Duration = Duration::from_secs(7 * 24 * 3600);
+
 fn grow(place: &Place, service: &str, volume: &str, text: Option<&str>) -> Outcome {
     let size = text.map(size).transpose()?;
+    if let Ok(mut client) = place.connect() {
+        let of_service = |report: &&ServiceReport| report.name == service;
+        let node = client.status()?;
+        let running = node.services.iter().find(of_service);
+        if running.is_some_and(|report| report.role != RoleName::Detached) {
+            return grow_running(client, service, volume, size);
+        }
+    }
     let config = place.configuration()?;
     let grown = create::grow(&config, service, volume, size).map_err(failed)?;
     say!(
@@ -177,6 +190,32 @@ fn grow(place: &Place, service: &str, volume: &str, text: Option<&str>) -> Outco
         render::bytes(grown.before),
         render::bytes(grown.after)
     );
+    Ok(())
+}
+
+/// All copies, by the replicators that run. The application goes on.
+fn grow_running(client: Client, service: &str, volume: &str, size: Option<u64>) -> Outcome {
+    let Some(size) = size else {
+        return Err(Failure::new(
+            FAILED,
+            "the replicator runs, and how large the volume is to become was not said",
+            "Nothing was changed",
+            "Name the size, as in 20GiB: every copy's device must have room for it and its metadata",
+        ));
+    };
+    say!(
+        "making room for {} on every copy, then growing them, this one last; the application goes on, and \
+         `holdfast events --follow` on each node tells how far it is",
+        render::bytes(size)
+    );
+    let command = ServiceCommand::Grow {
+        volume: volume.to_owned(),
+        size,
+    };
+    match client.begin(service, command, GROWTH_PATIENCE)? {
+        Some(text) => say!("{text}"),
+        None => say!("it is still at work; `holdfast status` shows the size"),
+    }
     Ok(())
 }
 

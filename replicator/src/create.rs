@@ -11,6 +11,7 @@ mod grow;
 
 pub use forget::{contents, remove};
 pub use grow::{Grown, grow, grow_telling};
+pub(crate) use grow::{Images, file_beside, put_in_place};
 
 use crate::config::{Config, MetadataPlace, NodeRef, ServiceConfig, VolumeConfig};
 use crate::place::{

@@ -947,6 +947,8 @@ impl World {
             Action::Granted { request } => self.granted(node, request),
             Action::RoleChanged { role, epoch } => self.role_changed(node, role, epoch),
             Action::Resized { .. } => {}
+            // Its disks are as large as they are.
+            Action::MakeRoom { .. } => self.fail(format!("node {node} grows a volume unasked")),
             Action::AdminDone { admin, result } => {
                 let Some(what) = self.nodes[node].admin.remove(&admin.0) else {
                     return self.fail(format!("node {node} answers admin request {admin:?} twice"));

@@ -190,6 +190,8 @@ pub struct VolumeFacts {
     pub grain_shift: u8,
     /// This volume's disk is new: nothing on it counts.
     pub blank: bool,
+    /// Up to how many bytes it can grow at once, at least `size`; 0 where the sender does not say.
+    pub room: u64,
 }
 
 /// What the sender durably knows of the receiver.
@@ -208,6 +210,22 @@ pub struct PeerFacts {
     pub known_durable_position: Position,
     /// A full copy toward the receiver was under way.
     pub full_copy: bool,
+}
+
+/// What a `Grow` frame asks for or answers.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+#[repr(u8)]
+pub enum GrowStep {
+    /// The primary asks for room for that size.
+    MakeRoom = 0,
+    /// There is room for it here.
+    Room = 1,
+    /// The primary asks for the size itself: every copy has room.
+    Grow = 2,
+    /// The volume has that size here, durably.
+    Grown = 3,
+    /// Not here, and why.
+    Refused = 4,
 }
 
 /// Why a link is closed.
@@ -294,6 +312,9 @@ pub enum Body {
     },
     Grow {
         size: u64,
+        step: GrowStep,
+        /// Why it is refused, for a person; at most 1024 bytes.
+        text: String,
     },
 }
 

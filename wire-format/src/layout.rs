@@ -135,7 +135,7 @@ impl Layout {
     /// As [`Layout::new`].
     pub fn of(sb: &Superblock) -> Result<Layout, LayoutError> {
         Layout::new(
-            sb.data_size,
+            sb.data_size.max(sb.room),
             sb.sector_size,
             sb.grain_shift,
             sb.extent_shift,

@@ -131,6 +131,9 @@ pub struct Superblock {
     pub disk: Uuid,
     /// Bytes the application sees.
     pub data_size: u64,
+    /// The layout is one for this many bytes where that is more than `data_size`: room that was made before all copies grow.
+    /// What is behind `data_size` and before this reads zero, or a locator says that it is to be zeroed. 0: none.
+    pub room: u64,
     /// 512 or 4096.
     pub sector_size: u32,
     /// log2 of bytes per bit of the dirty bitmap, 12..=24.

@@ -1,7 +1,7 @@
 //! Encodings that frames and superblocks share: codes of the enumerations, epochs, generations, flags.
 
 use crate::bytes::{Fault, Reader, Writer, pack, unpack};
-use crate::frame::{FrameKind, GoodbyeCode};
+use crate::frame::{FrameKind, GoodbyeCode, GrowStep};
 use crate::ids::*;
 use crate::metadata::*;
 
@@ -64,6 +64,13 @@ codes!(GoodbyeCode {
     Shutdown,
     Defect,
     Again,
+});
+codes!(GrowStep {
+    MakeRoom,
+    Room,
+    Grow,
+    Grown,
+    Refused,
 });
 codes!(FrameKind {
     Hello,

@@ -12,8 +12,11 @@ use crate::shared::*;
 pub const SUPERBLOCK_LENGTH: usize = 4096;
 /// On-disk version written, and the newest one understood.
 pub const DISK_VERSION: u16 = 1;
+/// Incompatible feature: the layout is one for a larger volume ([`Superblock::room`]). Set while it is, and not kept in
+/// [`Superblock::features_incompatible`].
+pub const FEATURE_ROOM: u64 = 1;
 /// Incompatible features this version understands.
-pub const KNOWN_INCOMPATIBLE: u64 = 0;
+pub const KNOWN_INCOMPATIBLE: u64 = FEATURE_ROOM;
 /// Read-only-compatible feature: a journal is kept. Who writes without recording it there would make the journal
 /// lie, so a version that keeps none (this one) may read such a volume and not write it. Whoever sets it erases the
 /// journal's index of times first.
@@ -77,12 +80,17 @@ pub fn encode(sb: &Superblock) -> Result<[u8; SUPERBLOCK_LENGTH], SuperblockErro
             "a name is longer than 63 bytes",
         ));
     }
+    if sb.room != 0 && sb.room <= sb.data_size {
+        return Err(SuperblockError::Unencodable(
+            "room for no more than there is",
+        ));
+    }
     let mut w = Writer::with_capacity(SUPERBLOCK_LENGTH);
     w.put(&MAGIC);
     w.u32(0); // The checksum, put in at the end.
     w.u16(DISK_VERSION);
     w.zero(2);
-    w.u64(sb.features_incompatible);
+    w.u64(sb.features_incompatible | if sb.room == 0 { 0 } else { FEATURE_ROOM });
     w.u64(sb.features_read_only);
     w.u64(sb.features_compatible);
     w.u64(sb.sequence);
@@ -127,6 +135,8 @@ pub fn encode(sb: &Superblock) -> Result<[u8; SUPERBLOCK_LENGTH], SuperblockErro
     w.u8(sb.generations.len() as u8);
     w.u8(crate::bytes::pack([sb.generations_cut, sb.log_incomplete]));
     w.u8(sb.volume_disks.len() as u8);
+    w.zero(5);
+    w.u64(sb.room);
     w.zero(FIXED - w.len());
     for generation in &sb.generations {
         put_generation(&mut w, generation);
@@ -236,7 +246,8 @@ fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
         return Err("version 0 never existed");
     }
     r.zero(2)?;
-    let features_incompatible = r.u64()?;
+    let incompatible = r.u64()?;
+    let features_incompatible = incompatible & !FEATURE_ROOM;
     let features_read_only = r.u64()?;
     let features_compatible = r.u64()?;
     let sequence = r.u64()?;
@@ -286,6 +297,11 @@ fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
     if generation_count > MAX_GENERATIONS || disk_count > MAX_VOLUMES {
         return Err("a list is longer than allowed");
     }
+    r.zero(5)?;
+    let room = r.u64()?;
+    if (room != 0) != (incompatible & FEATURE_ROOM != 0) || (room != 0 && room <= data_size) {
+        return Err("the room for more is none");
+    }
     let reserved = FIXED - at(&r);
     r.zero(reserved)?;
     let mut generations = Vec::with_capacity(generation_count);
@@ -316,6 +332,7 @@ fn fields(bytes: &[u8; SUPERBLOCK_LENGTH]) -> Result<Superblock, Fault> {
         slot,
         disk,
         data_size,
+        room,
         sector_size,
         grain_shift,
         extent_shift,

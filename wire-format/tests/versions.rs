@@ -89,12 +89,24 @@ fn a_hello_without_the_names_of_volumes_tells_none() {
     for volume in &mut unnamed.facts.volumes {
         assert!(!volume.name.is_empty());
         volume.name.clear();
+        volume.room = 0;
     }
     assert_eq!(
         decode_body(FrameKind::Hello, &bytes[..at]),
         Ok(Body::Hello(Box::new(unnamed)))
     );
     // Names that are cut off are no names.
+    let names_end = at + 2 + usize::from(u16::from_le_bytes([bytes[at], bytes[at + 1]]));
+    assert!(decode_body(FrameKind::Hello, &bytes[..names_end - 1]).is_err());
+    // And one that tells names may tell no room.
+    let mut roomless = hello();
+    for volume in &mut roomless.facts.volumes {
+        volume.room = 0;
+    }
+    assert_eq!(
+        decode_body(FrameKind::Hello, &bytes[..names_end]),
+        Ok(Body::Hello(Box::new(roomless)))
+    );
     assert!(decode_body(FrameKind::Hello, &bytes[..bytes.len() - 1]).is_err());
 }
 

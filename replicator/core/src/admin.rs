@@ -287,52 +287,6 @@ impl Core {
         self.check_all(out);
     }
 
-    /// The devices of both copies must be large enough before the volume grows.
-    fn grow(&mut self, admin: AdminId, volume: VolumeIndex, size: u64, out: &mut Actions) {
-        let at = volume.0 as usize;
-        let Some(v) = self.volumes.get(at) else {
-            let text = refusal(
-                "there is no such volume",
-                "Nothing was changed",
-                "List the volumes",
-            );
-            return out.push(Action::AdminDone {
-                admin,
-                result: Err(text),
-            });
-        };
-        if size < v.size || !size.is_multiple_of(u64::from(v.sector_size)) {
-            let text = refusal(
-                "a volume can only grow, by whole sectors",
-                "The volume stays as it is",
-                "Name a size above the present one",
-            );
-            return out.push(Action::AdminDone {
-                admin,
-                result: Err(text),
-            });
-        }
-        let text = refusal(
-            "growing a volume of a running replicator is not supported by this copy's metadata layout",
-            "The volume stays as it is",
-            "Stop the replicator on both nodes, run `holdfast volume grow` on each, start them again",
-        );
-        out.push(Action::AdminDone {
-            admin,
-            result: Err(text),
-        });
-    }
-
-    pub(crate) fn peer_grew(
-        &mut self,
-        at: usize,
-        _volume: VolumeIndex,
-        _size: u64,
-        out: &mut Actions,
-    ) {
-        self.meet_again(at, "the other copy's volume grew", out);
-    }
-
     /// For a person who is about to force a promotion.
     fn what_force_loses(&self) -> String {
         let facts = self.own_facts();

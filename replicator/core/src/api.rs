@@ -189,6 +189,13 @@ pub enum Event {
         zero: bool,
     },
 
+    /// Answer to `MakeRoom`: there is, durably, or why not.
+    RoomMade {
+        volume: VolumeIndex,
+        size: u64,
+        result: Result<(), String>,
+    },
+
     /// Answer to `SurplusWrite` and `SurplusEnd`: where it is kept, for a person (after the end); or why it is not.
     SurplusDone {
         op: OpId,
@@ -288,7 +295,7 @@ pub enum Command {
         policy: OnPeerLoss,
         force: bool,
     },
-    /// The backing devices grew: make volume `volume` this large.
+    /// Make volume `volume` this large on every copy while it is in use. Only a primary with all of them connected and whole.
     Grow {
         volume: VolumeIndex,
         size: u64,
@@ -498,6 +505,12 @@ pub enum Action {
     RoleChanged {
         role: Role,
         epoch: Epoch,
+    },
+    /// Lay a volume's metadata out for `size` bytes and have zeroes behind its present end, which stays. The shell calls
+    /// [`Core::may_move`](crate::Core::may_move) and [`Core::moved`](crate::Core::moved) on the way. Answers with `RoomMade`.
+    MakeRoom {
+        volume: VolumeIndex,
+        size: u64,
     },
     /// A volume's size for new connections.
     Resized {

@@ -162,6 +162,7 @@ pub fn create(p: &CreateParameters) -> Result<Vec<(MetaPlace, Vec<u8>)>, CreateE
             slot: p.slot,
             disk: *disk,
             data_size: volume.data_size,
+            room: 0,
             sector_size: volume.sector_size,
             grain_shift,
             extent_shift: EXTENT_SHIFT,
@@ -354,6 +355,8 @@ impl Core {
                 name: v.name.clone(),
                 disk: sb.disk,
                 size: sb.data_size,
+                // The shell zeroed what a growth left over before it attached.
+                room: sb.data_size.max(sb.room),
                 sector_size: sb.sector_size,
                 grain_shift: sb.grain_shift,
                 layout,
@@ -507,6 +510,7 @@ impl Core {
             undo,
             resync_rate: ResyncRate::new(&params.tuning, now),
             surplus: None,
+            growing: Default::default(),
             diskless: None,
             store: ClusterStore::new(params.store),
         };
@@ -599,6 +603,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         row: None,
         filled: false,
         forget_at: None,
+        grows: false,
         stranger: None,
         member_here: false,
         again_since: None,

@@ -15,6 +15,7 @@ mod cluster_store;
 mod congestion;
 mod diskless;
 mod generations;
+mod growth;
 pub mod handshake;
 mod log_recovery;
 mod meeting;

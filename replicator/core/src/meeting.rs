@@ -4,6 +4,7 @@
 use crate::api::*;
 use crate::bitmap::PageContent;
 use crate::cluster_store::Change;
+use crate::growth::SizesMeet;
 use crate::handshake::{self, CopyPlan, Decision, How, Outcome};
 use crate::peer::*;
 use crate::service::*;
@@ -80,7 +81,7 @@ impl Core {
             return;
         };
         // Facts are told when they are durable; every event looks again whether they are.
-        if self.commit_pending() || !self.store.may_meet() {
+        if self.commit_pending() || self.size_on_its_way() || !self.store.may_meet() {
             return;
         }
         // What an earlier session or role left in flight is finished first: facts are told when they are true.
@@ -159,6 +160,7 @@ impl Core {
                     sector_size: v.sector_size,
                     grain_shift: v.grain_shift,
                     blank: v.blank,
+                    room: v.room.max(v.size),
                 })
                 .collect(),
             about_peer: PeerFacts {
@@ -222,6 +224,7 @@ impl Core {
         peer.their_attach_counter = hello.facts.attach_counter;
         peer.their_generations = hello.facts.generations.clone();
         peer.their_generations_cut = hello.facts.generations_cut;
+        peer.grows = hello.facts.volumes.iter().all(|v| v.room != 0);
         if let Relation::Greeting { theirs, .. } = &mut peer.relation {
             *theirs = Some(hello);
         }
@@ -243,6 +246,18 @@ impl Core {
         }
         let slot = self.peers[at].slot;
         let theirs = theirs.facts;
+        match self.sizes_meet(&mine, &theirs, out) {
+            SizesMeet::Go => {}
+            SizesMeet::Grows => {
+                return self.meet_again(at, "this copy takes the size of the other's volume", out);
+            }
+            SizesMeet::Waits => {
+                self.peers[at].last_error =
+                    format!("copy {} takes the size of this copy's volume", slot.0);
+                self.peers[at].relation = Relation::Waiting { since: self.now };
+                return;
+            }
+        }
         let mut record = None;
         if self.store.is_cluster() {
             match self.peers[at].met_record.clone() {
@@ -292,6 +307,11 @@ impl Core {
             || now.in_sync != told.in_sync
             || now.in_sync_pending != told.in_sync_pending
             || now.follows_third != told.follows_third
+            || now
+                .volumes
+                .iter()
+                .zip(&told.volumes)
+                .any(|(now, told)| now.size != told.size)
             || (now.about_peer.bits > 0) != (told.about_peer.bits > 0)
     }
 

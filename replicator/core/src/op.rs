@@ -158,6 +158,10 @@ pub(crate) enum Op {
         sequence: u64,
     },
     Superblock,
+    /// The superblock of a volume that is not the lead one.
+    VolumeSuperblock {
+        volume: usize,
+    },
     ActivityLog {
         sequence: u64,
     },

@@ -295,6 +295,8 @@ pub(crate) struct Peer {
     pub forget_at: Option<Position>,
     /// Filled whole by this copy, without a primary, under this version of S: whoever S names in that slot was another disk.
     pub stranger: Option<u64>,
+    /// It can grow its volumes while they are in use.
+    pub grows: bool,
     /// This copy was in S, as far as the two knew when they met.
     pub member_here: bool,
     pub handshake: String,

@@ -167,7 +167,9 @@ impl Core {
             ) => {
                 self.verify_reply(at, session, sequence, equal, failed, out);
             }
-            (FrameKind::Grow, Body::Grow { size }) => self.peer_grew(at, header.volume, size, out),
+            (FrameKind::Grow, Body::Grow { size, step, text }) => {
+                self.peer_grows(at, session, header.volume, size, step, &text, out);
+            }
             (kind, _) => {
                 self.bad_frame(at, &format!("{kind:?} is not understood here"), out);
             }

@@ -60,6 +60,8 @@ pub(crate) enum Then {
     InSyncStored,
     Demoted,
     Detached,
+    /// The lead volume's new size.
+    Grown,
     Admin {
         admin: AdminId,
         text: String,
@@ -135,6 +137,8 @@ pub(crate) struct Volume {
     pub name: String,
     pub disk: Uuid,
     pub size: u64,
+    /// Up to here it can grow at once: the layout is one for it, and what is behind `size` reads zero.
+    pub room: u64,
     pub sector_size: u32,
     pub grain_shift: u8,
     pub layout: Layout,
@@ -235,6 +239,7 @@ pub struct Core {
     pub(crate) undo: crate::undoing::Undoing,
     pub(crate) resync_rate: crate::resync_rate::ResyncRate,
     pub(crate) surplus: Option<crate::surplus::Saving>,
+    pub(crate) growing: crate::growth::Growing,
     /// The own disk failed and a member of S serves for it (D13).
     pub(crate) diskless: Option<crate::diskless::Diskless>,
     pub(crate) store: crate::cluster_store::ClusterStore,
@@ -269,6 +274,11 @@ impl Core {
             Event::HashDone { op, digest } => self.hash_done(op, digest, out),
             Event::ZeroCheck { op, zero } => self.zero_checked(op, zero, out),
             Event::SurplusDone { op, result } => self.surplus_done(op, result, out),
+            Event::RoomMade {
+                volume,
+                size,
+                result,
+            } => self.room_made(volume, size, result, out),
             Event::CrcDone { op, crc, zero } => self.undo_crc_done(op, crc, zero, out),
             Event::LinkUp {
                 peer,
@@ -356,6 +366,7 @@ impl Core {
                 self.ops.remove(key);
                 self.superblock_done(result, out);
             }
+            Some(Op::VolumeSuperblock { .. }) => self.volume_superblock_done(key, result, out),
             Some(Op::ActivityLog { .. }) => self.log_done(key, result, out),
             Some(Op::LogReset) => self.log_reset_done(key, result, out),
             Some(Op::BitmapPage { .. } | Op::BitmapSummary { .. }) => {
@@ -480,6 +491,7 @@ impl Core {
             Then::InSyncStored => self.undo_drop(out),
             Then::Demoted => self.demotion_durable(out),
             Then::Detached => self.detached(out),
+            Then::Grown => self.lead_size_stored(out),
             Then::Admin { admin, text } => out.push(Action::AdminDone {
                 admin,
                 result: Ok(text),
@@ -668,6 +680,7 @@ impl Core {
 
     /// Heartbeats, time-outs, stability on time.
     fn timers(&mut self, out: &mut Actions) {
+        self.watch_growth(out);
         if self.role == Role::Detached || (self.failed && self.diskless.is_none()) {
             return;
         }

@@ -1,4 +1,5 @@
-//! Growing a volume of a stopped replicator: metadata for the new size, beside the old one, then the flip.
+//! Growing a volume: metadata for the new size, beside the old one, then the flip. Here for a stopped replicator; a running one
+//! makes room with the same images ([`Images`], `shard/grow.rs`).
 //!
 //! Internal metadata moves to the new end of the backing:
 //!
@@ -143,7 +144,10 @@ pub fn grow_telling(
             source,
         })
     };
-    let old_layout = layout_for(old.data_size)?;
+    let old_layout = Layout::of(&old).map_err(|source| VolumeError::Layout {
+        volume: name.to_owned(),
+        source,
+    })?;
     let internal = volume.metadata == MetadataPlace::Internal;
     let wanted = match size {
         Some(size) => size - size % sector,
@@ -163,21 +167,33 @@ pub fn grow_telling(
             "enlarge the device first; a volume cannot be made smaller",
         ));
     }
+    if wanted <= old.room {
+        // Room was made while it ran, all of it zero: one superblock is all that is missing.
+        take_room(&opened, &old, wanted, name, before)?;
+        return Ok(Grown {
+            before: old.data_size,
+            after: wanted,
+            path: volume.backing.clone(),
+        });
+    }
     let layout = layout_for(wanted)?;
     let mut new = Superblock {
         data_size: wanted,
+        room: 0,
         area_size: layout.total,
         ..old.clone()
     };
     // Above both old ones, and each in the slot its number says.
     new.sequence = old.sequence + 2;
     let images = Images {
-        old: &opened,
+        metadata: opened.metadata(),
+        base: opened.base,
         old_layout,
         layout,
         sb: new,
         index: volume.index,
         name,
+        log_counts: false,
     };
     if internal {
         let end = wanted + layout.total + BLOCK;
@@ -259,7 +275,7 @@ pub fn grow_telling(
                 source,
             })?;
         replace_external(path, &images, before)?;
-        hints.set(&service.name, name, images.old.data.size());
+        hints.set(&service.name, name, opened.data.size());
     }
     hints.store(state_dir).map_err(|source| VolumeError::File {
         what: format!(
@@ -301,14 +317,62 @@ fn grow_file(data: &Backing, end: u64, name: &str, before: Before) -> Result<(),
     Ok(())
 }
 
-/// The new area's contents.
-struct Images<'a> {
-    old: &'a Opened,
-    old_layout: Layout,
-    layout: Layout,
-    sb: Superblock,
-    index: VolumeIndex,
-    name: &'a str,
+/// Takes a size that there is room for: the older of the two superblocks is written over (D16).
+fn take_room(
+    opened: &Opened,
+    old: &Superblock,
+    size: u64,
+    name: &str,
+    before: Before,
+) -> Result<(), VolumeError> {
+    let sb = Superblock {
+        sequence: old.sequence + 1,
+        data_size: size,
+        room: if old.room > size { old.room } else { 0 },
+        ..old.clone()
+    };
+    let image = encode(&sb, name)?;
+    let told = Told {
+        backing: opened.metadata(),
+        before,
+    };
+    told.write_all_at(opened.base + slot_of(sb.sequence), &image)
+        .and_then(|()| told.sync())
+        .map_err(|source| VolumeError::Write {
+            volume: name.to_owned(),
+            source,
+        })
+}
+
+/// Where in the area the superblock of that number is.
+fn slot_of(sequence: u64) -> u64 {
+    if sequence.is_multiple_of(2) { 0 } else { BLOCK }
+}
+
+fn encode(sb: &Superblock, name: &str) -> Result<[u8; BLOCK as usize], VolumeError> {
+    superblock::encode(sb).map_err(|error| VolumeError::Grow {
+        volume: name.to_owned(),
+        problem: error.to_string(),
+        next: "this is a defect; report it".into(),
+    })
+}
+
+/// Takes a block of an area, with its place in the area.
+pub(crate) type Put<'a> = &'a mut dyn FnMut(u64, &[u8; BLOCK as usize]) -> Result<(), VolumeError>;
+
+/// The new area's contents, from the old area and a superblock that says where everything in the new one is.
+pub(crate) struct Images<'a> {
+    /// The backing of the old area, and where in it that is.
+    pub metadata: &'a Backing,
+    pub base: u64,
+    pub old_layout: Layout,
+    pub layout: Layout,
+    /// The newer one of the two to be written.
+    pub sb: Superblock,
+    pub index: VolumeIndex,
+    pub name: &'a str,
+    /// The activity log is in use and goes on where it was. That of a clean copy says nothing that bits do not.
+    pub log_counts: bool,
 }
 
 impl Images<'_> {
@@ -318,61 +382,65 @@ impl Images<'_> {
             volume: self.name.to_owned(),
             source,
         };
-        let put = |offset: u64, block: &[u8; BLOCK as usize]| {
-            to.write_all_at(base + offset, block).map_err(failed)
+        self.contents(&mut |offset, block| to.write_all_at(base + offset, block).map_err(failed))?;
+        to.sync().map_err(failed)?;
+        for (offset, image) in self.superblocks()? {
+            to.write_all_at(base + offset, &image).map_err(failed)?;
+        }
+        to.sync().map_err(failed)
+    }
+
+    /// Both superblocks, each with its place: what makes the rest count. All of that must be durable before.
+    pub fn superblocks(&self) -> Result<[(u64, [u8; BLOCK as usize]); 2], VolumeError> {
+        let image = |sequence| {
+            let sb = Superblock {
+                sequence,
+                ..self.sb.clone()
+            };
+            Ok::<_, VolumeError>((slot_of(sequence), encode(&sb, self.name)?))
         };
+        Ok([image(self.sb.sequence - 1)?, image(self.sb.sequence)?])
+    }
+
+    /// Every block but the superblocks, whose places are made to say nothing. Blocks that nothing reads are left out.
+    pub fn contents(&self, put: Put) -> Result<(), VolumeError> {
         put(0, &[0; BLOCK as usize])?;
         put(BLOCK, &[0; BLOCK as usize])?;
-        // The log of a clean copy says nothing that bits do not.
         for block in 0..u64::from(self.layout.activity_log_blocks) {
-            put(
-                self.layout.activity_log_offset + block * BLOCK,
-                &[0; BLOCK as usize],
-            )?;
+            let offset = block * BLOCK;
+            let log = if self.log_counts {
+                self.old_block(self.old_layout.activity_log_offset + offset)?
+            } else {
+                [0; BLOCK as usize]
+            };
+            put(self.layout.activity_log_offset + offset, &log)?;
         }
         if self.layout.undo_size > 0 {
             put(self.layout.undo_offset, &[0; BLOCK as usize])?;
         }
         for peer in 0..MAX_PEERS {
-            self.bitmap(peer, &put)?;
+            self.bitmap(peer, put)?;
         }
-        to.sync().map_err(failed)?;
-        for sequence in [self.sb.sequence - 1, self.sb.sequence] {
-            let sb = Superblock {
-                sequence,
-                ..self.sb.clone()
-            };
-            let image = superblock::encode(&sb).map_err(|error| VolumeError::Grow {
+        Ok(())
+    }
+
+    fn old_block(&self, offset: u64) -> Result<[u8; BLOCK as usize], VolumeError> {
+        let mut block = [0; BLOCK as usize];
+        self.metadata
+            .read_exact_at(self.base + offset, &mut block)
+            .map_err(|source| VolumeError::Read {
                 volume: self.name.to_owned(),
-                problem: error.to_string(),
-                next: "this is a defect; report it".into(),
+                source,
             })?;
-            put(if sequence % 2 == 0 { 0 } else { BLOCK }, &image)?;
-        }
-        to.sync().map_err(failed)
+        Ok(block)
     }
 
     /// The bits toward one peer slot: those of the old size, and none for what is new.
-    fn bitmap(
-        &self,
-        peer: usize,
-        put: &impl Fn(u64, &[u8; BLOCK as usize]) -> Result<(), VolumeError>,
-    ) -> Result<(), VolumeError> {
-        let old = |offset: u64| {
-            let mut block = [0; BLOCK as usize];
-            self.old
-                .metadata()
-                .read_exact_at(self.old.base + offset, &mut block)
-                .map_err(|source| VolumeError::Read {
-                    volume: self.name.to_owned(),
-                    source,
-                })?;
-            Ok::<_, VolumeError>(block)
-        };
+    fn bitmap(&self, peer: usize, put: Put) -> Result<(), VolumeError> {
         for number in 0..self.layout.summary_blocks() {
             let mut entries = [SUMMARY_CLEAN; SUMMARY_ENTRIES];
             if number < self.old_layout.summary_blocks() {
-                let block = old(self.old_layout.summary_block_offset(peer, number))?;
+                let block = self.old_block(self.old_layout.summary_block_offset(peer, number))?;
                 entries =
                     decode_summary(&block, self.index, peer as u8, number).map_err(|error| {
                         VolumeError::Grow {
@@ -389,7 +457,7 @@ impl Images<'_> {
                 if *entry != SUMMARY_CLEAN && page < self.old_layout.pages {
                     put(
                         self.layout.bitmap_page_offset(peer, page),
-                        &old(self.old_layout.bitmap_page_offset(peer, page))?,
+                        &self.old_block(self.old_layout.bitmap_page_offset(peer, page))?,
                     )?;
                 }
             }
@@ -404,26 +472,7 @@ impl Images<'_> {
 
 /// Writes the new area into a file beside the old one and puts it in its place.
 fn replace_external(path: &Path, images: &Images, before: Before) -> Result<(), VolumeError> {
-    let mut beside = path.as_os_str().to_owned();
-    beside.push(".grown");
-    let beside = PathBuf::from(beside);
-    let file = |what: &str, source| VolumeError::File {
-        what: format!("{what} {}", beside.display()),
-        source,
-    };
-    // Left over from a run that was cut short: it never counted.
-    match std::fs::remove_file(&beside) {
-        Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
-            return Err(file("removing", error));
-        }
-        _ => {}
-    }
-    let options = OpenOptions {
-        create_size: Some(images.layout.total),
-        preallocate: true,
-        ..OpenOptions::default()
-    };
-    let new = place::open_backing(images.name, &beside, &options)?;
+    let (new, beside) = file_beside(path, images.name, images.layout.total)?;
     let told = Told {
         backing: &new,
         before,
@@ -433,9 +482,43 @@ fn replace_external(path: &Path, images: &Images, before: Before) -> Result<(), 
         path,
         kind: StepKind::Replace,
     });
-    std::fs::rename(&beside, path).map_err(|source| file("putting in place", source))?;
+    put_in_place(&beside, path).map_err(|source| VolumeError::File {
+        what: format!("putting {} in its place", beside.display()),
+        source,
+    })
+}
+
+/// A new file for external metadata, beside the old one.
+pub(crate) fn file_beside(
+    path: &Path,
+    name: &str,
+    bytes: u64,
+) -> Result<(Backing, PathBuf), VolumeError> {
+    let mut beside = path.as_os_str().to_owned();
+    beside.push(".grown");
+    let beside = PathBuf::from(beside);
+    // Left over from a run that was cut short: it never counted.
+    match std::fs::remove_file(&beside) {
+        Err(source) if source.kind() != std::io::ErrorKind::NotFound => {
+            return Err(VolumeError::File {
+                what: format!("removing {}", beside.display()),
+                source,
+            });
+        }
+        _ => {}
+    }
+    let options = OpenOptions {
+        create_size: Some(bytes),
+        preallocate: true,
+        ..OpenOptions::default()
+    };
+    let new = place::open_backing(name, &beside, &options)?;
+    Ok((new, beside))
+}
+
+/// Renames, durably. Blocks.
+pub(crate) fn put_in_place(beside: &Path, path: &Path) -> std::io::Result<()> {
+    std::fs::rename(beside, path)?;
     let directory = path.parent().unwrap_or(Path::new("/"));
-    std::fs::File::open(directory)
-        .and_then(|directory| directory.sync_all())
-        .map_err(|source| file("making durable", source))
+    std::fs::File::open(directory)?.sync_all()
 }

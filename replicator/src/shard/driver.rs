@@ -7,9 +7,10 @@
 
 use super::budget::Receipt;
 use super::buffers::ClientBuf;
+use super::grow::Grower;
 use super::link::LinkPort;
 use super::memory::Memory;
-use super::service::{Service, Surroundings, Token};
+use super::service::{GROWER, Service, Surroundings, Token};
 use super::spin::{Next, Spin};
 use super::surplus::SurplusPort;
 use crate::events::EventLog;
@@ -20,6 +21,7 @@ use holdfast_replicator_core::status::LinkState;
 use holdfast_wire_format::ids::VolumeIndex;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::rc::Rc;
 use std::time::{Duration, Instant};
 use tokio::sync::{Notify, watch};
@@ -46,7 +48,9 @@ pub struct Shard {
     pub(super) memory: Rc<Memory>,
     ring: Ring,
     link: LinkPort,
-    log: EventLog,
+    pub(super) log: EventLog,
+    pub(super) state_dir: PathBuf,
+    pub(super) grower: Grower,
     started: Instant,
     services: RefCell<Vec<Service>>,
     incoming: RefCell<VecDeque<Incoming>>,
@@ -69,13 +73,16 @@ impl Shard {
         log: EventLog,
         started: Instant,
         spin: Duration,
-        surplus: SurplusPort,
+        state_dir: PathBuf,
     ) -> Rc<Shard> {
         Rc::new(Shard {
             memory,
             ring,
             link,
             log,
+            surplus: SurplusPort::new(state_dir.clone()),
+            state_dir,
+            grower: Grower::default(),
             started,
             services: RefCell::new(Vec::new()),
             incoming: RefCell::new(VecDeque::with_capacity(256)),
@@ -85,7 +92,6 @@ impl Shard {
             rearm: Notify::new(),
             spin: RefCell::new(Spin::new(spin)),
             spin_begins: Notify::new(),
-            surplus,
         })
     }
 
@@ -142,6 +148,7 @@ impl Shard {
             memory: &self.memory,
             log: &self.log,
             surplus: &self.surplus,
+            grower: &self.grower,
             now: self.now(),
         };
         for round in 0u32.. {
@@ -177,8 +184,12 @@ impl Shard {
                 break;
             }
         }
+        if services.iter().any(Service::is_held) {
+            self.grower.rest.notify_one();
+        }
         let deadline = services
             .iter()
+            .filter(|service| !service.is_held())
             .filter_map(|service| service.core.deadline())
             .min();
         drop(services);
@@ -193,6 +204,11 @@ impl Shard {
         let mut completions = self.completions.borrow_mut();
         self.ring.poll_completions(&mut completions);
         for completion in completions.drain(..) {
+            if completion.token & GROWER == GROWER {
+                self.grower
+                    .done(completion.token & !GROWER, completion.result);
+                continue;
+            }
             let token = Token::unpack(completion.token);
             if let Some(service) = services.get_mut(token.service) {
                 service.disk_done(token, completion, &self.log);
@@ -284,6 +300,7 @@ impl Shard {
                 }
             }
         };
+        let grower = self.grower.serve(&self);
         let surplus = async {
             loop {
                 self.surplus.ready().await;
@@ -291,6 +308,7 @@ impl Shard {
             }
         };
         tokio::join!(
+            grower,
             surplus,
             ring,
             timer,
@@ -305,16 +323,22 @@ impl Shard {
         self.armed.set(None);
         self.with_services(|services| {
             for service in services {
-                if service
-                    .core
-                    .deadline()
-                    .is_some_and(|deadline| deadline <= now)
+                if !service.is_held()
+                    && service
+                        .core
+                        .deadline()
+                        .is_some_and(|deadline| deadline <= now)
                 {
                     service.events.push_back(Event::Tick);
                 }
             }
         });
         self.pump();
+    }
+
+    /// Whether nothing of that service is under way on its disks.
+    pub(super) fn at_rest(&self, service: usize) -> bool {
+        self.with_services(|services| services[service].at_rest(&self.ring))
     }
 
     /// Peers and certificates were read again: those who left are cut off, those who came are called.

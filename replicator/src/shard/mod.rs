@@ -6,6 +6,7 @@ mod buffers;
 mod driver;
 mod exports;
 mod failures;
+pub mod grow;
 pub mod handle;
 mod link;
 pub mod memory;

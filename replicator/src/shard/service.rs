@@ -4,6 +4,7 @@ use super::acks::AckTimes;
 use super::budget::{Budget, Receipt};
 use super::buffers::{BufTable, ClientBuf, Entry};
 use super::exports::OpenExports;
+use super::grow::Grower;
 use super::link::{LinkPort, PeerRef};
 use super::memory::Memory;
 use super::requests::{Ended, Kind, Requests, Shape, Sink};
@@ -11,6 +12,7 @@ use super::surplus::SurplusPort;
 use crate::control::protocol::{EventReport, LevelName};
 use crate::events::{EventLog, now_ms};
 use crate::metrics::{PeerMetrics, VolumeMetrics};
+use crate::place::Locator;
 use holdfast_disk::{AlignedBytes, DiskErrorKind, FileId, Op, Ring};
 use holdfast_frontend::{Completion, IoError, IoErrorKind, Request};
 use holdfast_replicator_core::Core;
@@ -23,6 +25,7 @@ use holdfast_wire_format::frame::{Body, FrameKind};
 use holdfast_wire_format::ids::{Epoch, Slot, VolumeIndex};
 use slab::Slab;
 use std::collections::VecDeque;
+use std::path::PathBuf;
 use std::rc::Rc;
 use tokio::sync::oneshot;
 
@@ -41,6 +44,10 @@ pub(super) struct VolumeFiles {
     pub meta: FileId,
     /// Byte offset of the metadata area in its file.
     pub meta_base: u64,
+    /// The file of external metadata, by its own name.
+    pub meta_path: PathBuf,
+    /// A growth left this to be zeroed: place of the locator that says so, and the locator.
+    pub not_zero: Option<(u64, Locator)>,
     pub sector: u32,
     /// Bytes the application sees.
     pub size: u64,
@@ -66,6 +73,7 @@ pub(super) struct Surroundings<'a> {
     pub memory: &'a Memory,
     pub log: &'a EventLog,
     pub surplus: &'a SurplusPort,
+    pub grower: &'a Grower,
     pub now: Time,
 }
 
@@ -96,7 +104,12 @@ pub(super) struct Service {
     pub touched: bool,
     /// It said to stop this process, and why.
     pub halted: Option<String>,
+    /// Its core hears of nothing but its disks: they are to come to rest.
+    held: bool,
 }
+
+/// Tokens with these bits belong to no service: a growth asked.
+pub(super) const GROWER: u64 = ((1 << 14) - 1) << 50;
 
 /// What a completion of the ring was for, in one number.
 #[derive(Clone, Copy, PartialEq, Eq, Debug)]
@@ -120,7 +133,7 @@ const OP_BITS: u32 = 40;
 
 impl Token {
     fn pack(self) -> u64 {
-        assert!(self.op.0 < 1 << OP_BITS && self.service < 1 << 14 && self.volume.0 < 1 << 8);
+        assert!(self.op.0 < 1 << OP_BITS && self.service < (1 << 14) - 1 && self.volume.0 < 1 << 8);
         (self.service as u64) << 50
             | (self.what as u64) << 48
             | u64::from(self.volume.0) << OP_BITS
@@ -175,7 +188,33 @@ impl Service {
             admins: Slab::new(),
             touched: true,
             halted: None,
+            held: false,
         }
+    }
+
+    /// From here on its core hears of nothing but its disks, or of everything again.
+    pub fn hold(&mut self, hold: bool) {
+        self.held = hold;
+    }
+
+    pub fn is_held(&self) -> bool {
+        self.held
+    }
+
+    /// Nothing of it is under way on its disks, nor is an answer of them on its way to the core.
+    pub fn at_rest(&self, ring: &Ring) -> bool {
+        let now = std::time::Instant::now();
+        let quiet = |file| ring.oldest_of(file, now).is_none();
+        let disks = self.volumes.iter().all(|v| quiet(v.data) && quiet(v.meta));
+        disks && !self.events.iter().any(is_disk)
+    }
+
+    fn next_event(&mut self) -> Option<Event> {
+        if !self.held {
+            return self.events.pop_front();
+        }
+        let at = self.events.iter().position(is_disk)?;
+        self.events.remove(at)
     }
 
     /// Starts a request of an application. `read_into` is the memory of a read.
@@ -224,7 +263,7 @@ impl Service {
     /// Lets the core handle everything that came, until nothing more follows from it. False: there was nothing.
     pub fn run(&mut self, around: &Surroundings) -> bool {
         let mut worked = self.carry_out(around);
-        while let Some(event) = self.events.pop_front() {
+        while let Some(event) = self.next_event() {
             self.touched = true;
             worked = true;
             self.observe(&event, around.now);
@@ -259,7 +298,11 @@ impl Service {
         }
         self.core.end_batch(around.now, &mut self.actions);
         self.carry_out(around);
-        !self.events.is_empty()
+        if self.held {
+            self.events.iter().any(is_disk)
+        } else {
+            !self.events.is_empty()
+        }
     }
 
     /// What the metrics take from an event before the core consumes it.
@@ -469,6 +512,11 @@ impl Service {
                 self.epoch = epoch;
                 self.exports.role_changed(role, epoch);
                 tracing::info!(service = self.name, ?role, epoch = epoch.number, "role changed");
+                Ok(())
+            }
+            Action::MakeRoom { volume, size } => {
+                self.files(volume)?;
+                around.grower.ask(self.index, volume, size);
                 Ok(())
             }
             Action::Resized { volume, size } => {
@@ -770,6 +818,11 @@ impl Service {
     }
 }
 
+/// An answer of a disk.
+fn is_disk(event: &Event) -> bool {
+    matches!(event, Event::DiskDone { .. } | Event::MetaDone { .. })
+}
+
 /// Whether all bytes are zero; 64 at a time, which the compiler turns into wide registers.
 fn is_zero(bytes: &[u8]) -> bool {
     let chunks = bytes.chunks_exact(64);
@@ -807,7 +860,7 @@ mod tests {
                 op: OpId(9),
             },
             Token {
-                service: 16_383,
+                service: 16_382,
                 what: What::Metadata,
                 volume: VolumeIndex(63),
                 op: OpId((1 << OP_BITS) - 1),

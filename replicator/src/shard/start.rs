@@ -6,7 +6,6 @@ use super::handle::{Message, answer_messages};
 use super::link::{LinkPort, PeerRef};
 use super::memory::{Budgets, Memory};
 use super::service::{PeerState, Service, VolumeFiles};
-use super::surplus::SurplusPort;
 use super::tls::{self, TlsError};
 use crate::config::{Config, NbdTls, Profile, ServiceConfig};
 use crate::create::{VolumeError, peer_parameters, random_u64};
@@ -198,7 +197,7 @@ async fn bring_up(
         log.clone(),
         Instant::now(),
         config.node.spin,
-        SurplusPort::new(config.node.state_dir.clone()),
+        config.node.state_dir.clone(),
     );
     let mut hints = Hints::load(&config.node.state_dir);
     let mut hints_changed = false;
@@ -411,6 +410,7 @@ fn attach(
                 ..
             } = place;
             let discard_zeroes = data.discard_zeroes();
+            let meta_path = external.as_ref().unwrap_or(&data).path().to_owned();
             let data = shard.ring().attach(data);
             let meta = external.map_or(data, |external| shard.ring().attach(external));
             VolumeFiles {
@@ -418,6 +418,8 @@ fn attach(
                 data,
                 meta,
                 meta_base: base,
+                meta_path,
+                not_zero: None,
                 sector: status.sector_size,
                 size: status.size,
                 discard_zeroes,

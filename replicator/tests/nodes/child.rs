@@ -2,9 +2,11 @@
 
 use holdfast_replicator::config::Config;
 use holdfast_replicator::create::grow_telling;
+use holdfast_replicator::shard::grow::tell_steps;
 use std::cell::Cell;
 use std::path::Path;
 use std::process::{Child, Command, Stdio};
+use std::sync::atomic::{AtomicU32, Ordering};
 
 const ROLE: &str = "HOLDFAST_TEST_CHILD";
 const FILE: &str = "HOLDFAST_TEST_FILE";
@@ -18,6 +20,11 @@ pub fn replicator(file: &Path) -> Child {
 /// Grows `db/data` to 16 MiB, and is killed with SIGKILL before its step number `step`, counted from 0.
 pub fn grow_killed_at(file: &Path, step: u32) -> Child {
     spawn("grow", file, step)
+}
+
+/// A replicator that is killed with SIGKILL before its step number `step` of making room for a larger volume, counted from 0.
+pub fn replicator_killed_at(file: &Path, step: u32) -> Child {
+    spawn("killed-replicator", file, step)
 }
 
 fn spawn(role: &str, file: &Path, step: u32) -> Child {
@@ -40,7 +47,17 @@ fn entry() {
         return;
     };
     let file = Path::new(&file);
-    if role == "replicator" {
+    if role == "killed-replicator" {
+        let last: u32 = std::env::var(STEP).unwrap().parse().unwrap();
+        let step = AtomicU32::new(0);
+        tell_steps(move |_| {
+            if step.fetch_add(1, Ordering::Relaxed) == last {
+                let this = rustix::process::getpid();
+                rustix::process::kill_process(this, rustix::process::Signal::KILL).unwrap();
+            }
+        });
+    }
+    if role == "replicator" || role == "killed-replicator" {
         holdfast_replicator::process::run(file).unwrap();
         return;
     }

@@ -2,6 +2,7 @@
 
 mod child;
 mod grow;
+mod grow_online;
 mod lag;
 mod memory;
 mod process;

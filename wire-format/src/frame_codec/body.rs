@@ -164,7 +164,11 @@ pub fn encode_body(body: &Body) -> Vec<u8> {
             w.u8(generation_cause.code());
             w.u64(*position);
         }
-        Body::Grow { size } => w.u64(*size),
+        Body::Grow { size, step, text } => {
+            w.u64(*size);
+            w.u8(step.code());
+            put_text(&mut w, text, TEXT_CAP);
+        }
     }
     w.into_vec()
 }
@@ -283,7 +287,11 @@ fn body(kind: FrameKind, r: &mut Reader) -> Result<Body, Fault> {
                 .ok_or("the cause is unknown")?,
             position: r.u64()?,
         },
-        FrameKind::Grow => Body::Grow { size: r.u64()? },
+        FrameKind::Grow => Body::Grow {
+            size: r.u64()?,
+            step: GrowStep::from_code(r.u8()?).ok_or("the step of a growth is unknown")?,
+            text: take_text(r, TEXT_CAP)?,
+        },
         FrameKind::Write | FrameKind::ResyncData | FrameKind::ReadReply => {
             return Err("it carries block data, not a body");
         }

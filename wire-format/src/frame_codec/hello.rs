@@ -76,6 +76,11 @@ pub(super) fn put_hello(w: &mut Writer, h: &Hello) {
             put_text(w, &v.name, VOLUME_NAME_CAP);
         }
     });
+    section(w, |w| {
+        for v in &h.facts.volumes {
+            w.u64(v.room);
+        }
+    });
 }
 
 /// The next section; what a later version appended to it is left unread.
@@ -114,6 +119,7 @@ pub(super) fn take_hello(r: &mut Reader) -> Result<Hello, Fault> {
             sector_size: s.u32()?,
             grain_shift: s.u8()?,
             blank: s.flags(1)? == 1,
+            room: 0,
         });
     }
     facts.about_peer = take_about(&mut open(r)?)?;
@@ -122,6 +128,13 @@ pub(super) fn take_hello(r: &mut Reader) -> Result<Hello, Fault> {
         let mut s = open(r)?;
         for volume in &mut facts.volumes {
             volume.name = take_text(&mut s, VOLUME_NAME_CAP)?;
+        }
+    }
+    // Absent from a program that grows stopped volumes only.
+    if r.remaining() > 0 {
+        let mut s = open(r)?;
+        for volume in &mut facts.volumes {
+            volume.room = s.u64()?;
         }
     }
     // Sections of a later version.

@@ -102,6 +102,7 @@ pub fn hello() -> Hello {
                 sector_size: 4096,
                 grain_shift: 12,
                 blank: n == 1,
+                room: (1 << 40) + u64::from(n) * (1 << 38),
             })
             .collect(),
         about_peer: PeerFacts {
@@ -260,7 +261,15 @@ pub fn bodies() -> Vec<(&'static str, FrameKind, Body)> {
                 position: 4000,
             },
         ),
-        ("grow", K::Grow, Body::Grow { size: 1 << 41 }),
+        (
+            "grow",
+            K::Grow,
+            Body::Grow {
+                size: 1 << 41,
+                step: GrowStep::Refused,
+                text: "the device is too small".to_owned(),
+            },
+        ),
     ]
 }
 
@@ -280,6 +289,7 @@ pub fn superblock() -> Superblock {
         slot: Slot(1),
         disk: Uuid(0x0123_4567_89ab_cdef_0011_2233_4455_6677),
         data_size,
+        room: 0,
         sector_size: 4096,
         grain_shift: 12,
         extent_shift: 22,

@@ -150,6 +150,7 @@ fn any_volume_facts() -> impl Strategy<Value = VolumeFacts> {
                 sector_size,
                 grain_shift,
                 blank,
+                room: size.saturating_add(u64::from(grain_shift)),
             },
         )
 }
@@ -330,7 +331,8 @@ pub fn any_body() -> impl Strategy<Value = (FrameKind, Body)> {
                 position
             }
         )),
-        any::<u64>().prop_map(|size| (K::Grow, Body::Grow { size })),
+        (any::<u64>(), select(GrowStep::ALL), text(1024))
+            .prop_map(|(size, step, text)| (K::Grow, Body::Grow { size, step, text })),
     ]
 }
 
@@ -451,6 +453,7 @@ pub fn any_superblock() -> impl Strategy<Value = Superblock> {
                 slot: Slot(slot),
                 disk: Uuid(u[3]),
                 data_size,
+                room: 0,
                 sector_size,
                 grain_shift,
                 extent_shift,

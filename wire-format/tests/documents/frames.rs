@@ -432,7 +432,20 @@ fn other_bodies() {
         "Grow",
         K::Grow,
         |b| framed(K::Grow, b),
-        &[("size", &[], set!(b, Grow { size } => *size = !*size))],
+        &[
+            ("size", &[], set!(b, Grow { size } => *size = !*size)),
+            (
+                "step",
+                &[],
+                set!(b, Grow { step } => *step = GrowStep::Room),
+            ),
+            ("text length", &[], set!(b, Grow { text } => text.push('x'))),
+            (
+                "text",
+                &[],
+                set!(b, Grow { text } => *text = text.to_uppercase()),
+            ),
+        ],
     );
 }
 

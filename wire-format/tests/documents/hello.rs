@@ -52,7 +52,7 @@ fn hello_versions_and_sections() {
         ],
     );
     let sections = sections();
-    assert_eq!(sections.len(), 6);
+    assert_eq!(sections.len(), 7);
     part(
         "Section 1: who",
         sections[0].clone(),
@@ -200,5 +200,10 @@ fn hello_versions_and_sections() {
             ("name length", &[], |h| h.facts.volumes[1].name.push('x')),
             ("name", &[], |h| h.facts.volumes[1].name = "REDO-LOG".into()),
         ],
+    );
+    part(
+        "Section 7: room for the volumes",
+        sections[6].clone(),
+        &[("rooms", &[], |h| h.facts.volumes[0].room = !0)],
     );
 }

@@ -51,6 +51,9 @@ fn superblock() {
             ("grain shift", &[], |s| s.grain_shift = 13),
             ("extent shift", &[], |s| s.extent_shift = 23),
             ("data size", &[], |s| s.data_size = 0x3e0e_0e0e_f000),
+            ("room", &["incompatible features"], |s| {
+                s.room = 0x3e0e_0e0e_f000
+            }),
             ("sector size", &[], |s| s.sector_size = 512),
             ("activity log blocks", &[], |s| s.al_blocks = 0x0807),
             ("undo size", &[], |s| s.undo_size = 0x00ee_eeee_eeee_eeee),

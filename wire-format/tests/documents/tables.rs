@@ -89,8 +89,9 @@ fn checksums(sample: &Sample) -> [Range<usize>; 2] {
 /// Rows that are the same in everything that is accepted.
 const FIXED: [&str; 4] = ["magic", "zero", "incompatible features", "on-disk version"];
 /// Fields whose lowest byte is always zero.
-const LOOSE: [&str; 7] = [
+const LOOSE: [&str; 8] = [
     "data size",
+    "room",
     "sector size",
     "offset of an entry",
     "length of an entry",

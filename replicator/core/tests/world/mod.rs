@@ -14,6 +14,7 @@ use holdfast_wire_format::frame_codec::{
 };
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
+use holdfast_wire_format::superblock;
 use std::collections::{BTreeMap, VecDeque};
 
 pub const BLOCK: u64 = 4096;
@@ -67,6 +68,10 @@ pub struct Node {
     pub surplus_full: bool,
     /// Volume and byte that the disk cannot read.
     pub bad: Option<(u16, u64)>,
+    /// Sizes that new connections were told, in their order.
+    pub resized: Vec<(u16, u64)>,
+    /// Its devices are full: no volume gets more room.
+    pub no_room: bool,
 }
 
 /// About, (volume, offset, bytes), kept.
@@ -215,6 +220,8 @@ impl World {
                 surplus: Vec::new(),
                 surplus_full: false,
                 bad: None,
+                resized: Vec::new(),
+                no_room: false,
             });
         }
         world
@@ -248,10 +255,10 @@ impl World {
                 .volumes
                 .iter()
                 .enumerate()
-                .map(|(i, size)| AttachVolume {
+                .map(|(i, _)| AttachVolume {
                     index: VolumeIndex(i as u16),
                     name: format!("v{i}"),
-                    device_data_size: *size,
+                    device_data_size: self.nodes[n].disk.data[i].len() as u64,
                     sector_size: 512,
                     discard_zeroes: true,
                 })
@@ -516,7 +523,11 @@ impl World {
                 }
                 Action::Notice(notice) => self.nodes[n].notices.push(notice),
                 Action::Halt { reason } => panic!("node {n} halts: {reason}"),
-                Action::RoleChanged { .. } | Action::Resized { .. } | Action::Granted { .. } => {}
+                Action::MakeRoom { .. } => self.nodes[n].pending.push(action),
+                Action::Resized { volume, size } => {
+                    self.nodes[n].resized.push((volume.0, size));
+                }
+                Action::RoleChanged { .. } | Action::Granted { .. } => {}
             }
         }
     }
@@ -591,6 +602,9 @@ impl World {
 
     fn finish_disk(&mut self, n: usize, at: usize) {
         let action = self.nodes[n].pending.remove(at);
+        if let Action::MakeRoom { volume, size } = action {
+            return self.make_room(n, volume, size);
+        }
         if matches!(
             action,
             Action::SurplusWrite { .. } | Action::SurplusEnd { .. }
@@ -652,6 +666,67 @@ impl World {
             _ => unreachable!(),
         };
         self.event(n, event);
+    }
+
+    /// As the shell: nothing else is under way on its disks, then the metadata is laid out for the larger size. Here the layout is
+    /// the same one, since all of a volume is one page of the bitmap.
+    fn make_room(&mut self, n: usize, volume: VolumeIndex, size: u64) {
+        let busy = |action: &Action| {
+            !matches!(
+                action,
+                Action::SurplusWrite { .. } | Action::SurplusEnd { .. } | Action::MakeRoom { .. }
+            )
+        };
+        while let Some(at) = self.nodes[n].pending.iter().position(busy) {
+            self.finish_disk(n, at);
+        }
+        let refuse = |why: &str| Err(why.to_owned());
+        let may = match &self.nodes[n].core {
+            Some(core) => core.may_move(volume),
+            None => refuse("it is gone"),
+        };
+        let result = match may {
+            _ if self.nodes[n].no_room => refuse("the device is too small"),
+            Err(why) => Err(why),
+            Ok(()) => {
+                let node = &mut self.nodes[n];
+                let slot = |offset| {
+                    node.disk.meta[&(volume.0, offset)]
+                        .as_slice()
+                        .try_into()
+                        .unwrap()
+                };
+                let (old, _) = superblock::choose(slot(0), slot(4096)).unwrap();
+                let written = Superblock {
+                    sequence: old.sequence + 2,
+                    room: size,
+                    ..old
+                };
+                for sequence in [written.sequence - 1, written.sequence] {
+                    let image = superblock::encode(&Superblock {
+                        sequence,
+                        ..written.clone()
+                    });
+                    let offset = if sequence % 2 == 0 { 0 } else { 4096 };
+                    node.disk
+                        .meta
+                        .insert((volume.0, offset), image.unwrap().to_vec());
+                }
+                for disk in [&mut node.disk.data, &mut node.disk.durable] {
+                    disk[volume.0 as usize].resize(size as usize, 0);
+                }
+                node.core.as_mut().unwrap().moved(volume, &written);
+                Ok(())
+            }
+        };
+        self.event(
+            n,
+            Event::RoomMade {
+                volume,
+                size,
+                result,
+            },
+        );
     }
 
     fn finish_surplus(&mut self, n: usize, action: &Action) {

@@ -80,6 +80,7 @@ fn copy(slot: u8, peer: u8) -> Facts {
             sector_size: 4096,
             grain_shift: 12,
             blank: false,
+            room: 0,
         }],
         about_peer: PeerFacts {
             known: true,

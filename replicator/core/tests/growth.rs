@@ -1,0 +1,246 @@
+//! Growing a volume while it is in use: every copy, or none that anybody sees.
+
+mod world;
+
+use holdfast_replicator_core::api::*;
+use holdfast_wire_format::ids::*;
+use holdfast_wire_format::metadata::*;
+use world::*;
+
+const OLD: u64 = 1 << 20;
+const NEW: u64 = 2 << 20;
+
+fn copies(seed: u64, modes: &[Mode], policy: OnPeerLoss) -> World {
+    let mut w = World::new(seed, modes, policy, &[OLD, OLD], true);
+    for n in 0..modes.len() {
+        w.start(n);
+    }
+    let all: Vec<usize> = (0..modes.len()).collect();
+    w.until("the copies agree", 4000, |w| w.settled(&all));
+    w
+}
+
+fn grow(volume: u16) -> Command {
+    Command::Grow {
+        volume: VolumeIndex(volume),
+        size: NEW,
+    }
+}
+
+fn size(w: &World, n: usize, volume: u16) -> u64 {
+    let core = w.nodes[n].core.as_ref().expect("it runs");
+    core.status(w.now).volumes[volume as usize].size
+}
+
+fn written(w: &mut World, n: usize, volume: u16, block: u64, fill: u8) {
+    let bytes = vec![fill; BLOCK as usize];
+    let request = w.write(n, volume, block * BLOCK, bytes, false);
+    w.until("the write completes", 40_000, |w| {
+        w.status_of(n, request).is_some()
+    });
+    assert_eq!(w.status_of(n, request), Some(Status::Ok));
+}
+
+fn flushed(w: &mut World) {
+    let request = w.flush(0);
+    w.until("the flush", 40_000, |w| w.status_of(0, request).is_some());
+    assert_eq!(w.status_of(0, request), Some(Status::Ok));
+}
+
+fn ok(result: AdminResult) -> String {
+    match result {
+        Ok(text) => text,
+        Err(refusal) => panic!("{refusal}"),
+    }
+}
+
+/// What differs between the disks of two copies.
+fn differs(w: &World, a: usize, b: usize) -> bool {
+    w.nodes[a].disk.data != w.nodes[b].disk.data
+}
+
+#[test]
+fn all_copies_grow_while_the_application_writes_and_the_primary_is_the_last() {
+    for (seed, modes) in [
+        vec![Mode::Sync; 2],
+        vec![Mode::Sync, Mode::Async],
+        vec![Mode::Sync, Mode::SemiSync],
+        vec![Mode::Sync, Mode::Sync, Mode::Async],
+    ]
+    .into_iter()
+    .cycle()
+    .take(40)
+    .enumerate()
+    {
+        let volume = (seed % 2) as u16;
+        let mut w = copies(seed as u64, &modes, OnPeerLoss::Suspend);
+        ok(w.promote(0, false));
+        written(&mut w, 0, volume, OLD / BLOCK - 1, 1);
+        let admin = w.admin(0, grow(volume));
+        let mut block = 0;
+        while !w.nodes[0].admin.contains_key(&admin) {
+            // D7: nobody can write behind the end of a copy.
+            let primary = size(&w, 0, volume);
+            for n in 1..modes.len() {
+                assert!(size(&w, n, volume) >= primary, "seed {seed}");
+            }
+            if block < 60 {
+                let bytes = vec![7; BLOCK as usize];
+                w.write(0, volume, block * BLOCK, bytes, block % 3 == 0);
+                block += 1;
+            }
+            w.steps(3);
+        }
+        let text = ok(w.nodes[0].admin[&admin].clone());
+        assert!(text.contains(&NEW.to_string()), "{text}");
+        for n in 0..modes.len() {
+            assert_eq!(size(&w, n, volume), NEW, "seed {seed}");
+            assert_eq!(w.nodes[n].resized, [(volume, NEW)], "seed {seed}");
+            assert_eq!(size(&w, n, 1 - volume), OLD, "the other volume");
+        }
+        written(&mut w, 0, volume, OLD / BLOCK, 9);
+        written(&mut w, 0, volume, NEW / BLOCK - 1, 8);
+        flushed(&mut w);
+        for n in 1..modes.len() {
+            w.until("all copies are the same", 40_000, |w| !differs(w, 0, n));
+        }
+        // And it is so after a start, too.
+        for n in 0..modes.len() {
+            w.crash(n, true);
+        }
+        for n in 0..modes.len() {
+            w.start(n);
+            assert_eq!(size(&w, n, volume), NEW, "seed {seed}");
+        }
+    }
+}
+
+#[test]
+fn a_growth_that_one_copy_has_no_room_for_changes_nothing() {
+    for short in 0..3 {
+        let mut w = copies(
+            7,
+            &[Mode::Sync, Mode::Sync, Mode::Async],
+            OnPeerLoss::Suspend,
+        );
+        ok(w.promote(0, false));
+        w.nodes[short].no_room = true;
+        let refusal = w.command(0, grow(0)).unwrap_err().to_string();
+        assert!(refusal.contains("the device is too small"), "{refusal}");
+        assert!(refusal.contains("old size on every copy"), "{refusal}");
+        w.steps(400);
+        for n in 0..3 {
+            assert_eq!(size(&w, n, 0), OLD, "copy {n}");
+        }
+        written(&mut w, 0, 0, 3, 3);
+        // Its device was enlarged: the same command goes through.
+        w.nodes[short].no_room = false;
+        ok(w.command(0, grow(0)));
+        for n in 0..3 {
+            assert_eq!(size(&w, n, 0), NEW, "copy {n}");
+        }
+    }
+}
+
+#[test]
+fn a_growth_wants_a_primary_every_copy_and_a_larger_size() {
+    let mut w = copies(3, &[Mode::Sync; 2], OnPeerLoss::Continue);
+    let refused = |w: &mut World, n: usize, size: u64, why: &str| {
+        let command = Command::Grow {
+            volume: VolumeIndex(0),
+            size,
+        };
+        let refusal = w.command(n, command).unwrap_err().to_string();
+        assert!(refusal.contains(why), "{refusal}");
+    };
+    refused(&mut w, 0, NEW, "this copy is secondary");
+    ok(w.promote(0, false));
+    refused(&mut w, 0, OLD - 512, "can only grow");
+    refused(&mut w, 0, OLD + 100, "whole sectors");
+    refused(&mut w, 0, 1 << 61, "no metadata can describe");
+    w.crash(1, false);
+    refused(&mut w, 0, NEW, "copy 1 is not connected and whole");
+    assert_eq!(size(&w, 0, 0), OLD);
+}
+
+/// Either copy dies at any moment of a growth, with a power cut and torn metadata or without: each has the old or the new size,
+/// they meet, end with one size, and what was acknowledged is there.
+#[test]
+fn a_crash_at_any_moment_leaves_copies_that_meet_and_finish_the_growth() {
+    let (mut old, mut new, mut mixed) = (0, 0, 0);
+    for seed in 0..400 {
+        let volume = (seed % 2) as u16;
+        let modes: &[Mode] = if seed % 3 == 0 {
+            &[Mode::Sync, Mode::Sync, Mode::Async]
+        } else {
+            &[Mode::Sync, Mode::Sync]
+        };
+        let all: Vec<usize> = (0..modes.len()).collect();
+        let mut w = copies(seed, modes, OnPeerLoss::Suspend);
+        w.tear_metadata = seed % 4 < 2;
+        ok(w.promote(0, false));
+        written(&mut w, 0, volume, 5, 1);
+        flushed(&mut w);
+        let admin = w.admin(0, grow(volume));
+        let steps = w.rng.below(90) as usize;
+        w.steps(steps);
+        let victims: Vec<usize> = match w.rng.below(4) {
+            0 => vec![0],
+            1 => vec![1],
+            2 => vec![modes.len() - 1],
+            _ => all.clone(),
+        };
+        let power = w.rng.chance(50);
+        for n in &victims {
+            w.crash(*n, power);
+        }
+        if !victims.contains(&0) {
+            w.until("the growth is answered", 40_000, |w| {
+                w.nodes[0].admin.contains_key(&admin)
+            });
+        }
+        for n in &victims {
+            w.start(*n);
+        }
+        let sizes: Vec<u64> = all.iter().map(|n| size(&w, *n, volume)).collect();
+        match (sizes.contains(&OLD), sizes.contains(&NEW)) {
+            (true, true) => mixed += 1,
+            (true, false) => old += 1,
+            _ => new += 1,
+        }
+        w.until("they meet", 100_000, |w| w.settled(&all));
+        let grown = size(&w, 0, volume);
+        for n in &all {
+            assert_eq!(size(&w, *n, volume), grown, "seed {seed}: {sizes:?}");
+        }
+        // One that lived on may have been about to take it.
+        assert!(grown == NEW || !sizes.contains(&NEW), "seed {seed}");
+        if victims.contains(&0) {
+            w.until("it may be promoted", 100_000, |w| w.up_to_date(0));
+            ok(w.promote(0, false));
+        }
+        written(&mut w, 0, volume, grown / BLOCK - 1, 4);
+        flushed(&mut w);
+        for n in &all[1..] {
+            let behind = (grown as usize).min(w.nodes[*n].disk.data[volume as usize].len());
+            w.until("all copies are the same", 100_000, |w| {
+                let data = |n: usize| &w.nodes[n].disk.data[volume as usize][..behind];
+                data(0) == data(*n)
+            });
+            assert!(
+                w.nodes[*n].disk.data[volume as usize][5 * BLOCK as usize] == 1,
+                "seed {seed}"
+            );
+        }
+        // Whatever came of it, the same command makes it whole.
+        w.until("they are whole", 100_000, |w| w.settled(&all));
+        ok(w.command(0, grow(volume)));
+        for n in &all {
+            assert_eq!(size(&w, *n, volume), NEW, "seed {seed}");
+        }
+    }
+    assert!(
+        old > 20 && new > 20 && mixed > 5,
+        "{old} old, {new} new, {mixed} mixed"
+    );
+}
