@@ -617,6 +617,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         flush_asked: 0,
         diskless: false,
         met_record: None,
+        their_in_sync: (SlotSet::EMPTY, 0),
     }
 }
 

@@ -222,6 +222,7 @@ impl Core {
         peer.their_mode = hello.facts.mode;
         peer.their_disk = hello.facts.disk;
         peer.their_attach_counter = hello.facts.attach_counter;
+        peer.their_in_sync = (hello.facts.in_sync, hello.facts.in_sync_version);
         peer.their_generations = hello.facts.generations.clone();
         peer.their_generations_cut = hello.facts.generations_cut;
         peer.grows = hello.facts.volumes.iter().all(|v| v.room != 0);
@@ -522,6 +523,11 @@ impl Core {
             return;
         }
         if self.leads(at) {
+            let known = (self.sb.in_sync, self.sb.in_sync_version);
+            if self.role == Role::Primary && self.peers[at].their_in_sync != known {
+                // Before any write: what it marks toward third copies goes by it (D7).
+                self.send_in_sync(at, out);
+            }
             if self.peers[at].mode != Mode::Async && !self.sb.in_sync.contains(slot) {
                 if self.may_admit(slot) {
                     self.begin_join(at, out);

@@ -199,6 +199,8 @@ pub(crate) struct Inbox {
     pub last_position: Position,
     /// The primary's stable position as last told.
     pub stable: Position,
+    /// The primary told whom it has in S in this session. What was known before is of another time.
+    pub in_sync_heard: bool,
     /// It was demoted: what came after this position a member of S may lack.
     pub owed_after: Option<Position>,
     pub write_acks: Vec<(u64, u64)>,
@@ -231,6 +233,8 @@ impl Inbox {
 /// One other copy.
 #[derive(Debug)]
 pub(crate) struct Peer {
+    /// S and its version as that copy had them when we met.
+    pub their_in_sync: (SlotSet, u64),
     /// The cluster's record as read for this meeting; `Some(None)`: it was not to be had.
     pub met_record: Option<Option<crate::handshake::StoreRecord>>,
     pub slot: Slot,

@@ -773,10 +773,12 @@ impl Core {
             || (self.sb.state == CopyState::Consistent
                 && self.store.is_cluster()
                 && self.peers[at].is_primary);
+        self.peers[at].inbox.in_sync_heard = true;
         let became = set.contains(self.slot) && whole;
         self.sb.in_sync = set;
         self.sb.in_sync_pending = set;
         self.sb.in_sync_version = version;
+        self.forget_marks(at);
         if !became {
             return self.commit(Then::Nothing, out);
         }

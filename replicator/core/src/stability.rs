@@ -213,6 +213,7 @@ impl Core {
     pub(crate) fn forget_marks(&mut self, at: usize) {
         let peer = &self.peers[at];
         let over = peer.is_primary
+            && (peer.inbox.in_sync_heard || planted!("marks-forgotten-by-hearsay"))
             && matches!(peer.relation, Relation::Established)
             && peer
                 .forget_at
