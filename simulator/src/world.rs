@@ -706,8 +706,14 @@ impl World {
             if before != CopyState::Blank as u8 {
                 self.oracle.given_up(self.now, node);
             }
-        } else if probe.state != CopyState::Blank && self.nodes[node].admin.is_empty() {
-            self.nodes[node].may_be_blank = false;
+        } else if probe.state != CopyState::Blank
+            && self.nodes[node].admin.is_empty()
+            && self.nodes[node].may_be_blank
+        {
+            // A state that is not on the disk yet is gone with the power.
+            let durable = self.nodes[node].disk.superblock();
+            self.nodes[node].may_be_blank =
+                durable.is_none_or(|(_, sb)| sb.state == CopyState::Blank);
         }
         let state = (probe.state as u8, probe.role as u8);
         if state != self.nodes[node].last_state {
