@@ -3,10 +3,11 @@
 use crate::api::{LinkEvent, LinkHandler, code_to};
 use crate::connection::{self, Context};
 use crate::link::report;
+use crate::quic::{Connection, Endpoint};
 use crate::session::connection_error;
 use crate::tls;
 use holdfast_wire_format::frame::GoodbyeCode;
-use quinn::{Endpoint, Incoming};
+use quinn::ConnectionError;
 use std::cell::Cell;
 use std::rc::Rc;
 use tokio::time::timeout;
@@ -18,21 +19,22 @@ pub(crate) async fn run<H: LinkHandler>(context: Context<H>, endpoint: Endpoint)
     let under_way = Rc::new(Cell::new(0));
     while let Some(incoming) = endpoint.accept().await {
         if context.shared.down.get() {
-            incoming.refuse();
+            endpoint.refuse(incoming);
             continue;
         }
         if under_way.get() >= TRUSTING
             && !incoming.remote_address_validated()
             && incoming.may_retry()
         {
-            let _ = incoming.retry();
+            endpoint.retry(incoming);
             continue;
         }
+        let remote = incoming.remote_address();
+        let begun = endpoint.begin(incoming, context.shared.server(remote));
         let (context, under_way) = (context.clone(), under_way.clone());
         tokio::task::spawn_local(async move {
             under_way.set(under_way.get() + 1);
-            let remote = incoming.remote_address();
-            let connected = handshake(&context, incoming).await;
+            let connected = handshake(&context, begun).await;
             under_way.set(under_way.get() - 1);
             match connected {
                 Ok((connection, peer)) => {
@@ -51,21 +53,20 @@ pub(crate) async fn run<H: LinkHandler>(context: Context<H>, endpoint: Endpoint)
 
 async fn handshake<H: LinkHandler>(
     context: &Context<H>,
-    incoming: Incoming,
-) -> Result<(quinn::Connection, Rc<crate::link::PeerLink>), String> {
-    let server = context.shared.server(incoming.remote_address());
-    let accepted = async { incoming.accept_with(server)?.await };
-    let connection = match timeout(2 * context.shared.tuning.attempt, accepted).await {
-        Ok(Ok(connection)) => connection,
+    begun: Result<Connection, ConnectionError>,
+) -> Result<(Connection, Rc<crate::link::PeerLink>), String> {
+    let connection = begun.map_err(|e| connection_error(&e))?;
+    match timeout(2 * context.shared.tuning.attempt, connection.established()).await {
+        Ok(Ok(())) => {}
         Ok(Err(e)) => return Err(connection_error(&e)),
         Err(_) => return Err("it began a handshake and did not finish it".into()),
-    };
+    }
     let refuse = |reason: String| {
         connection.close(code_to(GoodbyeCode::Refused), reason.as_bytes());
         Err(reason)
     };
     // The pin was there in the handshake; it may have been removed since.
-    let known = tls::remote_fingerprint(&connection)
+    let known = tls::fingerprint(connection.peer_identity())
         .and_then(|print| context.shared.peer_store.by_fingerprint(print));
     let Some(known) = known else {
         return refuse("this node has just forgotten the caller".into());

@@ -3,14 +3,15 @@
 use crate::api::{LinkEvent, LinkHandler, code_to};
 use crate::backoff::Backoff;
 use crate::control::{self, Message, OLDEST, VERSION};
+use crate::drive;
 use crate::identity::{Fingerprint, Identity};
 use crate::link::{Current, PeerLink, Shared, report};
 use crate::peers::MAX_FINGERPRINTS;
+use crate::quic::{Connection, RecvStream, SendStream};
 use crate::session::{self, Session, connection_error};
 use crate::tls;
 use holdfast_wire_format::frame::GoodbyeCode;
 use holdfast_wire_format::ids::Uuid;
-use quinn::{Connection, RecvStream, SendStream};
 use std::cell::RefCell;
 use std::collections::HashSet;
 use std::rc::Rc;
@@ -124,7 +125,7 @@ async fn heed<H: LinkHandler>(
 ) -> Option<Message> {
     match message {
         Message::Hello { fingerprints, .. } => {
-            let used = tls::remote_fingerprint(connection)?;
+            let used = tls::fingerprint(connection.peer_identity())?;
             pin(&context.shared, peer.id, used, fingerprints).await
         }
         Message::Pinned { fingerprints } => {
@@ -253,11 +254,11 @@ async fn serve<H: LinkHandler>(
                             (context.clone(), peer.clone(), connection.clone());
                         let (path, open, stream_ended) =
                             (path.to_owned(), open.clone(), stream_ended.clone());
-                        tokio::task::spawn_local(async move {
+                        tokio::task::spawn_local(drive::stand_in(Box::pin(async move {
                             keep_open(&context, &peer, &connection, &path, service).await;
                             open.borrow_mut().remove(&service);
                             stream_ended.notify_one();
-                        });
+                        })));
                     }
                 }
                 if !peer.wants_any() && open.borrow().is_empty() && !shared.down.get() {
@@ -272,9 +273,9 @@ async fn serve<H: LinkHandler>(
         }
         while let Ok((send, recv)) = connection.accept_bi().await {
             let (context, peer, path) = (context.clone(), peer.clone(), path.to_owned());
-            tokio::task::spawn_local(async move {
-                accept_stream(&context, &peer, &path, send, recv).await
-            });
+            tokio::task::spawn_local(drive::stand_in(Box::pin(async move {
+                accept_stream(&context, &peer, &path, send, recv).await;
+            })));
         }
         std::future::pending().await
     };
@@ -291,7 +292,7 @@ async fn serve<H: LinkHandler>(
     let mut slot = peer.connection.borrow_mut();
     if slot
         .as_ref()
-        .is_some_and(|current| current.connection.stable_id() == connection.stable_id())
+        .is_some_and(|current| current.connection.is(connection))
     {
         *slot = None;
     }

@@ -3,8 +3,8 @@
 
 use crate::files::HexId;
 use crate::identity::Fingerprint;
+use crate::quic::{RecvStream, SendStream};
 use holdfast_wire_format::ids::Uuid;
-use quinn::{RecvStream, SendStream};
 use serde::{Deserialize, Serialize};
 
 /// Newest and oldest version of these messages spoken here.

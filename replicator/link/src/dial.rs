@@ -4,6 +4,7 @@ use crate::api::{LinkEvent, LinkHandler, Path};
 use crate::backoff::Backoff;
 use crate::connection::{self, Context};
 use crate::link::{PeerLink, report};
+use crate::quic::Connection;
 use crate::session::connection_error;
 use crate::tls::{self, ALPN_REPLICATION, Expect, SERVER_NAME};
 use std::rc::Rc;
@@ -82,7 +83,7 @@ async fn attempt<H: LinkHandler>(
     context: &Context<H>,
     peer: &PeerLink,
     path: &Path,
-) -> Result<quinn::Connection, String> {
+) -> Result<Connection, String> {
     let shared = &context.shared;
     let endpoint = shared
         .endpoint_for(path)
@@ -95,11 +96,11 @@ async fn attempt<H: LinkHandler>(
     )
     .map_err(|e| e.to_string())?;
     config.transport_config(shared.transport(path.local, path.remote));
-    let connecting = endpoint
-        .connect_with(config, path.remote, SERVER_NAME)
+    let connection = endpoint
+        .connect(config, path.remote, SERVER_NAME)
         .map_err(|e| e.to_string())?;
-    match timeout(shared.tuning.attempt, connecting).await {
-        Ok(Ok(connection)) => Ok(connection),
+    match timeout(shared.tuning.attempt, connection.established()).await {
+        Ok(Ok(())) => Ok(connection),
         Ok(Err(e)) => Err(connection_error(&e)),
         Err(_) => Err(format!(
             "no answer within {} ms",

@@ -1,8 +1,8 @@
-//! QUIC's own tasks, which the link can run at once instead of waiting for their turn.
+//! Tasks that can be run at once instead of waiting for their turn.
 //!
-//! A frame passes three tasks on its way: the session's, the connection's and, when it comes in, the endpoint's. Run one after the
-//! other by the runtime, each of them waits for whatever else is ready, and a send would leave after the disk's turn. So each of QUIC's tasks is
-//! kept here beside the runtime's task that stands for it, and [`at_once`] runs those that were woken.
+//! When packets came, the sessions that they are for are run inside the turn that took them (`quic/endpoint.rs`): what they answer leaves before
+//! anything else of this thread has its turn. So each session's task is kept here beside the runtime's task that stands for it,
+//! and [`at_once`] runs those that were woken.
 
 use std::cell::{Cell, RefCell};
 use std::future::{Future, poll_fn};
@@ -28,7 +28,7 @@ struct Task {
     waker: Waker,
 }
 
-/// Wakes the runtime's task that stands for one of QUIC's.
+/// Wakes the runtime's task that stands for one.
 struct Signal {
     woken: AtomicBool,
     runtime: Mutex<Waker>,
@@ -112,15 +112,12 @@ pub(crate) fn at_once<R>(work: impl FnOnce() -> R) -> R {
     done
 }
 
-/// What stands for one of QUIC's tasks in the runtime.
-pub(crate) fn stand_in(
-    future: Pin<Box<dyn Future<Output = ()> + Send>>,
-) -> impl Future<Output = ()> {
+/// What stands for a task in the runtime.
+pub(crate) fn stand_in(future: Pin<Box<dyn Future<Output = ()>>>) -> impl Future<Output = ()> {
     let signal = Arc::new(Signal {
         woken: AtomicBool::new(true),
         runtime: Mutex::new(Waker::noop().clone()),
     });
-    let future: Pin<Box<dyn Future<Output = ()>>> = future;
     let task = Rc::new(Task {
         future: Cell::new(Some(future)),
         waker: signal.clone().into(),

@@ -7,7 +7,7 @@ use crate::error::LinkError;
 use crate::files::HexId;
 use crate::identity::{Fingerprint, Identity, check_name};
 use crate::peers::{MAX_ADDRESSES, Peer, PeerStore};
-use crate::socket;
+use crate::quic::socket;
 use crate::tls::{self, ALPN_JOIN, Expect, SERVER_NAME};
 use crate::token::{Consumed, Token, TokenStore, verify};
 use crate::tuning::Tuning;
@@ -111,10 +111,7 @@ impl JoinServer {
         own_addresses: Vec<SocketAddr>,
     ) -> Result<Self, LinkError> {
         let mut server = tls::server(&identity, &peers, Expect::Joiner, ALPN_JOIN)?;
-        let tuning = Tuning {
-            silence: STEP,
-            ..Tuning::default()
-        };
+        let tuning = tuning();
         server
             .transport_config(tuning.transport(None))
             .max_incoming(32);
@@ -122,10 +119,8 @@ impl JoinServer {
             address: listen,
             source,
         };
-        let socket = socket::bind(listen)
-            .and_then(|socket| socket::wrap(socket, tuning.largest_packet()))
-            .map_err(io)?;
-        let endpoint = Endpoint::new_with_abstract_socket(
+        let socket = socket::bind(listen).map_err(io)?;
+        let endpoint = Endpoint::new(
             tuning.endpoint(),
             Some(server),
             socket,
@@ -193,8 +188,8 @@ impl JoinServer {
         recv.read_exact(&mut signature)
             .await
             .map_err(|e| failed(e.to_string()))?;
-        let seen =
-            tls::remote_fingerprint(connection).ok_or_else(|| failed("no certificate".into()))?;
+        let seen = tls::fingerprint(connection.peer_identity())
+            .ok_or_else(|| failed("no certificate".into()))?;
         let message =
             signed_message(connection, seen, self.identity.fingerprint(), &body).map_err(failed)?;
         let decided = self.decide(&body, &message, &signature, seen).await;
@@ -256,6 +251,15 @@ impl JoinServer {
     }
 }
 
+/// A few short messages: packets of the size that every path carries.
+fn tuning() -> Tuning {
+    Tuning {
+        silence: STEP,
+        udp_payload: 1200,
+        ..Tuning::default()
+    }
+}
+
 /// Joins the node that made `token`: both durably pin each other. `own_addresses` are where this node's replicator
 /// listens. Tries each address of the token, 5 s each.
 ///
@@ -308,16 +312,10 @@ async fn connect(
         address: local,
         source,
     };
-    let tuning = Tuning {
-        silence: STEP,
-        ..Tuning::default()
-    };
-    let socket = socket::bind(local)
-        .and_then(|socket| socket::wrap(socket, tuning.largest_packet()))
-        .map_err(io)?;
+    let tuning = tuning();
+    let socket = socket::bind(local).map_err(io)?;
     let endpoint =
-        Endpoint::new_with_abstract_socket(tuning.endpoint(), None, socket, Arc::new(TokioRuntime))
-            .map_err(io)?;
+        Endpoint::new(tuning.endpoint(), None, socket, Arc::new(TokioRuntime)).map_err(io)?;
     let mut config = tls::client(
         identity,
         peers,

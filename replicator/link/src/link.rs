@@ -11,14 +11,14 @@ use crate::error::LinkError;
 use crate::files::HexId;
 use crate::identity::Identity;
 use crate::peers::PeerStore;
+use crate::quic::{Connection, Endpoint, socket};
 use crate::session::Session;
-use crate::socket;
 use crate::tls::{self, ALPN_REPLICATION, Expect};
 use crate::tuning::Tuning;
 use holdfast_wire_format::frame::{FrameHeader, GoodbyeCode};
 use holdfast_wire_format::frame_codec::encode_header;
 use holdfast_wire_format::ids::Uuid;
-use quinn::{Endpoint, TransportConfig};
+use quinn::TransportConfig;
 use std::cell::{Cell, RefCell};
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::net::{IpAddr, Ipv4Addr, Ipv6Addr, SocketAddr};
@@ -82,7 +82,7 @@ pub(crate) struct PeerLink {
 
 /// The connection in use.
 pub(crate) struct Current {
-    pub connection: quinn::Connection,
+    pub connection: Connection,
     pub path: String,
     pub messages: mpsc::UnboundedSender<Message>,
 }
@@ -192,16 +192,8 @@ impl Shared {
         if let Some(endpoint) = self.dialing.borrow().get(&local) {
             return Ok(endpoint.clone());
         }
-        let socket = socket::wrap(
-            socket::bind((local, 0).into())?,
-            self.tuning.largest_packet(),
-        )?;
-        let endpoint = Endpoint::new_with_abstract_socket(
-            self.tuning.endpoint(),
-            None,
-            socket,
-            Arc::new(socket::OneThread),
-        )?;
+        let socket = socket::bind((local, 0).into())?;
+        let endpoint = Endpoint::new(socket, self.tuning.endpoint(), None)?;
         self.dialing.borrow_mut().insert(local, endpoint.clone());
         Ok(endpoint)
     }
@@ -249,16 +241,9 @@ impl Link {
         let mut listening = Vec::new();
         for address in listen {
             let io = |source| LinkError::Listen { address, source };
-            let socket = socket::bind(address)
-                .and_then(|socket| socket::wrap(socket, tuning.largest_packet()))
+            let endpoint = socket::bind(address)
+                .and_then(|socket| Endpoint::new(socket, tuning.endpoint(), Some(server.clone())))
                 .map_err(io)?;
-            let endpoint = Endpoint::new_with_abstract_socket(
-                tuning.endpoint(),
-                Some(server.clone()),
-                socket,
-                Arc::new(socket::OneThread),
-            )
-            .map_err(io)?;
             listening.push(endpoint);
         }
         let (new_peers, mut to_dial) = mpsc::unbounded_channel();
@@ -412,16 +397,27 @@ impl Link {
         if !self.shared.unflushed.replace(false) {
             return;
         }
-        crate::drive::at_once(|| {
-            for session in self.shared.sessions.borrow().values() {
-                if session.queued_bytes() > 0 {
-                    let bytes = session.flush();
-                    if bytes > 0 {
-                        drained(session.peer, session.service, session.id, bytes);
-                    }
-                }
+        let sessions = self.shared.sessions.borrow();
+        let mut last = None;
+        for session in sessions.values() {
+            if session.queued_bytes() == 0 {
+                continue;
             }
-        });
+            let bytes = session.flush();
+            if bytes == 0 {
+                continue;
+            }
+            drained(session.peer, session.service, session.id, bytes);
+            // What several services have for one peer leaves together.
+            if let Some(last) = last.replace(session)
+                && last.peer != session.peer
+            {
+                last.send();
+            }
+        }
+        if let Some(last) = last {
+            last.send();
+        }
     }
 
     /// Bytes queued on a session that QUIC has not taken yet; 0 if it is over.
@@ -468,7 +464,7 @@ impl Link {
                 continue;
             };
             let pinned = peer.connection.borrow().as_ref().is_none_or(|current| {
-                tls::remote_fingerprint(&current.connection)
+                tls::fingerprint(current.connection.peer_identity())
                     .is_some_and(|print| known.fingerprints.contains(&print))
             });
             if !pinned {

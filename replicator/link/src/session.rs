@@ -2,11 +2,12 @@
 
 use crate::api::{LinkEvent, LinkHandler, SessionId, code_from, code_to, words};
 use crate::queue::SendQueue;
+use crate::quic::{RecvStream, SendStream};
 use crate::receive::Receiver;
 use bytes::Bytes;
 use holdfast_wire_format::frame::GoodbyeCode;
 use holdfast_wire_format::ids::Uuid;
-use quinn::{ConnectionError, ReadError, RecvStream, SendStream, StoppedError, VarInt, WriteError};
+use quinn::{ConnectionError, ReadError, StoppedError, VarInt, WriteError};
 use std::cell::{Cell, RefCell};
 use std::future::{Future, pending, poll_fn};
 use std::pin::{Pin, pin};
@@ -83,7 +84,7 @@ impl Session {
         self.queue.borrow_mut().push(header, payload);
     }
 
-    /// Hands what is queued to QUIC as far as there is room; its task does the rest. Bytes handed over.
+    /// Hands what is queued to QUIC as far as there is room; its task does the rest. Bytes handed over, which [`Self::send`] has to follow.
     pub fn flush(&self) -> usize {
         // Without the waker the task has its turn before it waits again, and looks into the queue then.
         let Some(waker) = self.sender.take() else {
@@ -95,6 +96,11 @@ impl Session {
             Poll::Ready(Ok(())) | Poll::Pending => self.sender.set(Some(waker)),
         }
         bytes
+    }
+
+    /// Sends what QUIC has of this session and of the others over the same connection.
+    pub fn send(&self) {
+        self.out.borrow().stream.send();
     }
 
     /// Ends the session after what is queued was sent; the first reason counts.
@@ -144,7 +150,7 @@ impl Session {
                 }
                 queue.take_batch(batch);
             }
-            match pin!(stream.write_chunks(&mut batch[*next..])).poll(cx) {
+            match stream.poll_write(cx, &mut batch[*next..]) {
                 Poll::Ready(Ok(written)) => {
                     *next += written.chunks;
                     self.queue.borrow_mut().accepted(written.bytes);
@@ -161,6 +167,7 @@ impl Session {
         poll_fn(|cx| {
             let (bytes, state) = self.poll_out(cx);
             if bytes > 0 {
+                self.send();
                 return Poll::Ready(Step::Out(bytes));
             }
             match state {
@@ -352,7 +359,7 @@ async fn read<H: LinkHandler>(session: &Session, handler: &H, recv: &mut RecvStr
     let mut chunks: [Bytes; CHUNKS] = std::array::from_fn(|_| Bytes::new());
     let delivered = Cell::new(0);
     let end = loop {
-        let count = match or_flush(pin!(recv.read_chunks(&mut chunks)), handler, &delivered).await {
+        let count = match or_flush(pin!(recv.read(&mut chunks)), handler, &delivered).await {
             Ok(Some(count)) => count,
             Ok(None) if receiver.between_frames() => break End::PeerFinished,
             Ok(None) => break End::Bad("the stream ended inside a frame".into()),

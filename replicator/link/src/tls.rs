@@ -13,6 +13,7 @@ use rustls::pki_types::{CertificateDer, ServerName, UnixTime};
 use rustls::server::danger::{ClientCertVerified, ClientCertVerifier};
 use rustls::sign::CertifiedKey;
 use rustls::{DigitallySignedStruct, DistinguishedName, OtherError, SignatureScheme};
+use std::any::Any;
 use std::sync::{Arc, OnceLock};
 
 /// Protocol of replication.
@@ -379,9 +380,8 @@ pub(crate) fn server(
 }
 
 /// Fingerprint of the certificate the other side proved to hold the key of.
-pub(crate) fn remote_fingerprint(connection: &quinn::Connection) -> Option<Fingerprint> {
-    let identity = connection.peer_identity()?;
-    let chain = identity.downcast::<Vec<CertificateDer<'static>>>().ok()?;
+pub(crate) fn fingerprint(identity: Option<Box<dyn Any>>) -> Option<Fingerprint> {
+    let chain = identity?.downcast::<Vec<CertificateDer<'static>>>().ok()?;
     chain.first().map(|der| Fingerprint::of(der))
 }
 
