@@ -71,6 +71,8 @@ pub(super) struct Inner {
     touched: Cell<bool>,
     /// Built and not sent: the socket had no room.
     unsent: RefCell<Option<(quinn_proto::Transmit, Vec<u8>)>>,
+    /// It is in the endpoint's list of those that wait for room.
+    blocked: Cell<bool>,
     deadline: Cell<Option<Instant>>,
     pub readers: RefCell<Waiting>,
     pub writers: RefCell<Waiting>,
@@ -95,6 +97,7 @@ impl Inner {
             proto: RefCell::new(proto),
             touched: Cell::new(false),
             unsent: RefCell::new(None),
+            blocked: Cell::new(false),
             deadline: Cell::new(None),
             readers: RefCell::default(),
             writers: RefCell::default(),
@@ -210,13 +213,26 @@ impl Inner {
         }
     }
 
+    /// The socket has no room for this now.
+    fn keep(self: &Rc<Self>, transmit: quinn_proto::Transmit, contents: Vec<u8>) {
+        *self.unsent.borrow_mut() = Some((transmit, contents));
+        if !self.blocked.replace(true) {
+            self.endpoint.blocked(self.clone());
+        }
+    }
+
+    /// There is room again.
+    pub fn unblocked(self: &Rc<Self>) {
+        self.blocked.set(false);
+        self.touch();
+    }
+
     fn transmit(self: &Rc<Self>) {
         let socket = &self.endpoint.socket;
         if let Some((transmit, contents)) = self.unsent.take()
             && socket.send(&outgoing(&transmit, &contents)).is_err()
         {
-            *self.unsent.borrow_mut() = Some((transmit, contents));
-            return self.endpoint.blocked(self.clone());
+            return self.keep(transmit, contents);
         }
         let now = Instant::now();
         let mut proto = self.proto.borrow_mut();
@@ -235,8 +251,7 @@ impl Inner {
                 Some(segment) => transmit.size.div_ceil(segment),
             };
             if let Err(Full) = socket.send(&outgoing(&transmit, &contents)) {
-                *self.unsent.borrow_mut() = Some((transmit, contents.clone()));
-                return self.endpoint.blocked(self.clone());
+                return self.keep(transmit, contents.clone());
             }
         }
         // There may be more.

@@ -60,6 +60,8 @@ pub(super) struct Inner {
     driver: RefCell<Waker>,
     /// The driver runs: whoever has something for it needs no wake-up.
     running: Cell<bool>,
+    /// The driver has ended, as the thread does: nothing is sent any more.
+    gone: Cell<bool>,
     /// When the timer fires: no later than the first deadline of a connection.
     armed: Cell<Option<Instant>>,
 }
@@ -91,9 +93,10 @@ impl Endpoint {
             sending: RefCell::default(),
             driver: RefCell::new(Waker::noop().clone()),
             running: Cell::new(false),
+            gone: Cell::new(false),
             armed: Cell::new(None),
         });
-        tokio::task::spawn_local(drive(inner.clone()));
+        tokio::task::spawn_local(drive(Driver(inner.clone())));
         Ok(Endpoint(Rc::new(Owner(inner))))
     }
 
@@ -245,16 +248,20 @@ impl Inner {
         }
     }
 
-    /// Gives `connection` a turn of the driver.
+    /// Gives `connection` a turn of the driver. Once for each turn.
     pub fn touched(&self, connection: Rc<connection::Inner>) {
-        self.touched.borrow_mut().push(connection);
-        self.wake();
+        if !self.gone.get() {
+            self.touched.borrow_mut().push(connection);
+            self.wake();
+        }
     }
 
-    /// The packets of `connection` wait for room in the socket.
+    /// The packets of `connection` wait for room in the socket. Once for each turn that it gets.
     pub fn blocked(&self, connection: Rc<connection::Inner>) {
-        self.blocked.borrow_mut().push(connection);
-        self.wake();
+        if !self.gone.get() {
+            self.blocked.borrow_mut().push(connection);
+            self.wake();
+        }
     }
 
     /// Looks at the connections' deadlines at `deadline`, or before.
@@ -272,7 +279,12 @@ impl Inner {
         event: EndpointEvent,
     ) -> Option<quinn_proto::ConnectionEvent> {
         if event.is_drained() {
-            self.connections.borrow_mut()[handle.0] = None;
+            // Dropped after the list is free again.
+            let _gone = self
+                .connections
+                .borrow_mut()
+                .get_mut(handle.0)
+                .and_then(Option::take);
             self.changed.notify_waiters();
         }
         self.proto.borrow_mut().handle_event(handle, event)
@@ -385,14 +397,11 @@ impl Inner {
         self.serve();
         if !self.blocked.borrow().is_empty() && self.socket.poll_room(cx).is_ready() {
             for connection in self.blocked.take() {
-                connection.touch();
+                connection.unblocked();
             }
         }
         self.running.set(false);
         if !self.wanted.get() && self.is_idle() {
-            for incoming in self.incoming.take() {
-                self.proto.borrow_mut().ignore(incoming);
-            }
             return Poll::Ready(());
         }
         // Each of these asks for a wake-up of its own if it is pending.
@@ -417,9 +426,25 @@ impl Inner {
     }
 }
 
-async fn drive(inner: Rc<Inner>) {
+async fn drive(driver: Driver) {
     let mut timer = None;
-    poll_fn(|cx| inner.turn(cx, &mut timer)).await;
+    poll_fn(|cx| driver.0.turn(cx, &mut timer)).await;
+}
+
+/// The driver's hold on its endpoint. Endpoint and connections hold each other; at the driver's end they let go, and the socket is closed.
+struct Driver(Rc<Inner>);
+
+impl Drop for Driver {
+    fn drop(&mut self) {
+        let inner = &self.0;
+        inner.gone.set(true);
+        inner.touched.take();
+        inner.blocked.take();
+        inner.connections.take();
+        for incoming in inner.incoming.take() {
+            inner.proto.borrow_mut().ignore(incoming);
+        }
+    }
 }
 
 fn incoming_mark(mark: udp::EcnCodepoint) -> EcnCodepoint {
