@@ -29,7 +29,7 @@ impl Piece {
     }
 }
 
-/// A buffer of this thread in the hands of QUIC. All of QUIC runs on this thread (`socket::OneThread`), so it is looked at and
+/// A buffer of this thread in the hands of QUIC. All of QUIC runs on this thread (`quic`), so it is looked at and
 /// dropped here only; elsewhere the wrapper would panic.
 struct Held(SendWrapper<Box<dyn AsRef<[u8]>>>);
 
