@@ -443,3 +443,18 @@ fn packets_become_as_large_as_the_interface_carries() {
         }
     });
 }
+
+/// A thread that ends without a goodbye leaves no socket behind: endpoint and connections do not keep each other alive.
+#[test]
+fn the_end_of_the_thread_frees_the_port() {
+    let mut address = None;
+    run(async {
+        let (a, b) = pair();
+        connect(&a, &b, SERVICE).await;
+        address = Some((a.address(), b.address()));
+    });
+    let (a, b) = address.unwrap();
+    for address in [a, b] {
+        std::net::UdpSocket::bind(address).unwrap();
+    }
+}
