@@ -57,8 +57,10 @@ pub enum Verb {
     Promote(Promote),
     /// Stop accepting writes on this node
     Demote(Service),
-    /// Stop a service on this node cleanly while the replicator runs on; the replicator's next start takes it up again
-    Detach(Service),
+    /// Stop a service on this node cleanly while the replicator runs on; `attach` or the replicator's next start takes it up again
+    Detach(Detach),
+    /// Take a detached service up again on this node, from its disks as they are now
+    Attach(Service),
     /// Allow the link to a peer, or to all of them
     Connect(Peer),
     /// Cut the link to a peer, or to all of them
@@ -203,6 +205,15 @@ pub struct Events {
     pub last: Option<u32>,
 }
 
+#[derive(Args)]
+pub struct Detach {
+    #[command(flatten)]
+    pub service: Service,
+    /// Do not ask, also where the primary's application will wait
+    #[arg(long)]
+    pub yes: bool,
+}
+
 #[derive(Subcommand)]
 pub enum Volume {
     /// Create this node's copy of a service's volumes, as the configuration describes them
@@ -229,6 +240,9 @@ pub enum Volume {
     /// Stop using the disks of this node's copy of a service, as if they had failed: a primary goes on through another copy that is
     /// connected and in sync, and is refused where there is none
     DetachDisk(Service),
+    /// Use the disks of this node's copy again, after they failed or were detached: the copy is brought up to date by another one.
+    /// Not on a primary
+    AttachDisk(Service),
     /// Start a volume anew on an empty disk, to be filled from the peer (with the replicator stopped)
     ReplaceDisk(VolumeReplace),
     /// Take the metadata off this node's copy of a volume; its data stays (with the replicator stopped)
@@ -376,6 +390,17 @@ pub enum SplitBrain {
     Saved {
         /// Name of the service in the configuration
         service: String,
+    },
+    /// Remove a save, once what is wanted of it was exported
+    RemoveSaved {
+        /// Name of the service in the configuration
+        service: String,
+        /// Name of the save, as `split-brain saved` lists it
+        #[arg(long, value_name = "NAME")]
+        save: String,
+        /// Do it without asking
+        #[arg(long)]
+        yes: bool,
     },
     /// Write saved blocks into a file or device, each at its own offset in the volume
     Export {

@@ -2,6 +2,7 @@
 
 #[macro_use]
 mod output;
+mod attach;
 mod certificate;
 mod cli;
 mod completions;
@@ -64,7 +65,8 @@ fn run(place: &cli::Place, verb: &Verb) -> Outcome {
         Verb::Events(options) => events::run(place, options),
         Verb::Promote(options) => promote::run(place, options),
         Verb::Demote(service) => demote::run(place, service),
-        Verb::Detach(service) => detach::run(place, service),
+        Verb::Detach(options) => detach::run(place, options),
+        Verb::Attach(service) => attach::run(place, service),
         Verb::Connect(options) => connect::run(place, options),
         Verb::Disconnect(options) => disconnect::run(place, options),
         Verb::Pause(options) => pause::run(place, options),

@@ -3,8 +3,8 @@
 use crate::cli::{Keep, Place, Service, SplitBrain};
 use crate::consent;
 use crate::failure::{FAILED, Failure, Outcome};
-use holdfast_replicator::control::protocol::ServiceCommand;
-use holdfast_replicator::control::render::timestamp;
+use holdfast_replicator::control::protocol::{LinkName, ServiceCommand};
+use holdfast_replicator::control::render::{bytes, timestamp};
 use holdfast_replicator::surplus::{self, Saved};
 use std::path::Path;
 
@@ -13,6 +13,7 @@ pub fn run(place: &Place, verb: &SplitBrain) -> Outcome {
         SplitBrain::Show(service) => show(place, service),
         SplitBrain::Resolve { service, keep, yes } => resolve(place, service, *keep, *yes),
         SplitBrain::Saved { service } => saved(place, service),
+        SplitBrain::RemoveSaved { service, save, yes } => remove(place, service, save, *yes),
         SplitBrain::Export {
             service,
             volume,
@@ -48,10 +49,13 @@ fn saved(place: &Place, service: &str) -> Outcome {
     if saves.is_empty() {
         say!("nothing of service {service} was saved on this node");
     }
+    let mut total = 0;
     for saved in saves {
         let about = &saved.about;
+        let space = surplus::space(&saved).unwrap_or(about.bytes);
+        total += space;
         say!(
-            "{}  {}: {} blocks, {} bytes, written after position {} of generation {}, replaced by copy {}\n  {}",
+            "{}  {}: {} blocks, {} bytes, written after position {} of generation {}, replaced by copy {}\n  {}, {} on its disk",
             saved.name,
             timestamp(about.saved_ms),
             about.blocks,
@@ -59,9 +63,50 @@ fn saved(place: &Place, service: &str) -> Outcome {
             about.after,
             about.generation,
             about.peer_slot,
-            saved.path.display()
+            saved.path.display(),
+            bytes(space)
         );
     }
+    if total > 0 {
+        say!(
+            "{} in all; `holdfast split-brain remove-saved` gives it back",
+            bytes(total)
+        );
+    }
+    Ok(())
+}
+
+fn remove(place: &Place, service: &str, save: &str, yes: bool) -> Outcome {
+    let saves = list(place, service)?;
+    let Some(saved) = saves.iter().find(|saved| saved.name == save) else {
+        return Err(Failure::new(
+            FAILED,
+            format!("there is no save {save} of service {service}"),
+            "Nothing was removed",
+            "See `holdfast split-brain saved`",
+        ));
+    };
+    let about = &saved.about;
+    let loss = format!(
+        "{} blocks, {} bytes that this node's copy wrote alone and gave up, saved {}: no copy has them any more",
+        about.blocks,
+        about.bytes,
+        timestamp(about.saved_ms)
+    );
+    consent::ask(
+        &format!("Removing the save {save} of service {service}:"),
+        &loss,
+        yes,
+    )?;
+    surplus::remove(saved).map_err(|error| {
+        Failure::new(
+            FAILED,
+            format!("{} cannot be removed: {error}", saved.path.display()),
+            "What is left of it is not listed any more if its name ends with .partial",
+            "Remove the rest by hand",
+        )
+    })?;
+    say!("the save {save} of service {service} was removed");
     Ok(())
 }
 
@@ -83,7 +128,7 @@ fn export(place: &Place, service: &str, volume: &str, save: &str, to: &Path) -> 
             "See `holdfast split-brain saved`",
         ));
     };
-    let bytes = surplus::export(saved, volume, to).map_err(|error| {
+    let written = surplus::export(saved, volume, to).map_err(|error| {
         Failure::new(
             FAILED,
             format!("{} cannot be written: {error}", to.display()),
@@ -92,7 +137,7 @@ fn export(place: &Place, service: &str, volume: &str, save: &str, to: &Path) -> 
         )
     })?;
     say!(
-        "{bytes} bytes of volume {volume} were written to {}, each at its own offset; the rest of it is as it was",
+        "{written} bytes of volume {volume} were written to {}, each at its own offset; the rest of it is as it was",
         to.display()
     );
     Ok(())
@@ -125,7 +170,15 @@ fn resolve(place: &Place, service: &Service, keep: Keep, yes: bool) -> Outcome {
     }
     session.run(ServiceCommand::ResolveSplitBrain { discard_mine })?;
     if discard_mine {
-        say!("The other node's link to this one stays off until `holdfast connect` is run there.");
+        for peer in session.report()?.peers {
+            if peer.link != LinkName::Established && peer.link != LinkName::Resync {
+                say!(
+                    "Node {} keeps its writes and fills this copy once they meet; if it stays away, run `holdfast connect {}` there.",
+                    peer.name,
+                    session.service
+                );
+            }
+        }
     }
     Ok(())
 }

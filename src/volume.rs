@@ -22,6 +22,7 @@ pub fn run(place: &Place, verb: &Volume) -> Outcome {
             volume,
             size,
         } => grow(place, service, volume, size.as_deref()),
+        Volume::AttachDisk(service) => place.session(service)?.run(ServiceCommand::AttachDisk),
         Volume::DetachDisk(service) => place.session(service)?.run(ServiceCommand::DetachDisk),
         Volume::ReplaceDisk(options) => replace_disk(place, options),
         Volume::Remove(options) => remove(place, options),

@@ -390,6 +390,9 @@ mod tests {
         async fn command(&self, _: &str, _: Command) -> AdminResult {
             Ok(String::new())
         }
+        async fn attach(&self, _: &str, _: bool) -> AdminResult {
+            unreachable!("metrics attach nothing")
+        }
         async fn reload(&self) -> AdminResult {
             Ok(String::new())
         }

@@ -201,6 +201,29 @@ pub fn list(state_dir: &Path, service: &str) -> io::Result<Vec<Saved>> {
     Ok(saved)
 }
 
+/// Removes a save. Cut short, what is left of it is a partial one, which nobody lists and the next save removes.
+///
+/// # Errors
+/// It can't be removed.
+pub fn remove(saved: &Saved) -> io::Result<()> {
+    let mut partial = saved.path.clone().into_os_string();
+    partial.push(PARTIAL);
+    fs::rename(&saved.path, &partial)?;
+    fs::remove_dir_all(&partial)
+}
+
+/// Bytes of the filesystem that a save takes.
+///
+/// # Errors
+/// It can't be read.
+pub fn space(saved: &Saved) -> io::Result<u64> {
+    use std::os::unix::fs::MetadataExt;
+    let files = entries(&saved.path)?;
+    files.iter().try_fold(0, |bytes, path| {
+        Ok(bytes + fs::symlink_metadata(path)?.blocks() * 512)
+    })
+}
+
 fn entries(directory: &Path) -> io::Result<Vec<PathBuf>> {
     match fs::read_dir(directory) {
         Ok(entries) => entries.map(|entry| Ok(entry?.path())).collect(),
@@ -280,6 +303,34 @@ mod tests {
             )
         };
         assert_eq!((at(1 << 20), at(3 << 20)), ((1, 7, 1), (1, 9, 1)));
+    }
+
+    #[test]
+    fn a_save_is_removed_alone_and_gives_its_space_back() {
+        let state = tempfile::tempdir().unwrap();
+        for save in [7, 8] {
+            let about = SurplusAbout {
+                save,
+                ..about(65536)
+            };
+            let mut writer =
+                Writer::begin(state.path(), "db", &["data".to_owned()], &about).unwrap();
+            writer.write(0, 1 << 20, &[save as u8; 65536]).unwrap();
+            writer.keep().unwrap();
+        }
+        let saves = list(state.path(), "db").unwrap();
+        let bytes = space(&saves[0]).unwrap();
+        assert!((65536..1 << 20).contains(&bytes), "sparse: {bytes}");
+        remove(&saves[0]).unwrap();
+        assert!(!saves[0].path.exists());
+        assert_eq!(list(state.path(), "db").unwrap(), saves[1..]);
+        assert!(remove(&saves[0]).is_err(), "it is gone");
+        // Cut short in the middle of the removal.
+        let partial = saves[1].path.with_extension("partial");
+        fs::rename(&saves[1].path, &partial).unwrap();
+        assert_eq!(list(state.path(), "db").unwrap(), []);
+        remove_partial(state.path(), "db").unwrap();
+        assert!(!partial.exists());
     }
 
     #[test]

@@ -21,7 +21,7 @@ impl Core {
             let text = refusal(
                 "this copy is detached",
                 "Its disk holds everything it had",
-                "Start the replicator again",
+                "`holdfast attach` takes it up again, and so does a start of the replicator",
             );
             return out.push(Action::AdminDone {
                 admin,
@@ -185,7 +185,16 @@ impl Core {
                     });
                 }
             }
-            let text = "this copy keeps its writes; discard the other's on its node".to_owned();
+            let sides = self
+                .peers
+                .iter()
+                .filter(|p| matches!(p.row, Some(Row::R6 | Row::R15 | Row::R16)))
+                .fold(SlotSet::EMPTY, |set, p| set.with(p.slot));
+            let other = words::copies(sides);
+            let text = format!(
+                "nothing was discarded: this copy keeps its writes. Those of {other} are given up by `holdfast split-brain resolve --keep \
+                 theirs` on that node, which shows them first"
+            );
             return out.push(Action::AdminDone {
                 admin,
                 result: Ok(text),

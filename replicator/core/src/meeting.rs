@@ -219,6 +219,8 @@ impl Core {
         let incarnation_before = peer.their_incarnation;
         peer.their_incarnation = hello.facts.incarnation;
         peer.their_state = Some(hello.facts.state);
+        // Its disk was replaced, or is in use again.
+        peer.diskless &= hello.facts.state == CopyState::Failed;
         peer.their_mode = hello.facts.mode;
         peer.their_disk = hello.facts.disk;
         peer.their_attach_counter = hello.facts.attach_counter;

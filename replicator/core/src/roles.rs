@@ -443,7 +443,7 @@ impl Core {
             // Nobody must be told to give away the only current data.
             format!(
                 "{what}: this copy is out of service, and no other copy is known to hold everything: keep this disk. \
-                 Start the replicator again to have it tried again; replace the disk once another copy is in sync"
+                 `holdfast volume attach-disk` has it tried again; replace the disk once another copy is in sync"
             )
         } else {
             format!(

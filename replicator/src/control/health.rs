@@ -66,7 +66,7 @@ pub fn problems(service: &ServiceReport) -> Vec<Problem> {
     if service.role == RoleName::Detached {
         say(
             Severity::Critical,
-            "the service is detached on this node and does nothing until the replicator is started again".into(),
+            "the service is detached on this node and does nothing until `holdfast attach` or a start of the replicator takes it up again".into(),
         );
         // It meets nobody, and nothing is wrong with the others for that.
         return found;
@@ -201,7 +201,7 @@ fn way_back(service: &ServiceReport, peer: &PeerReport) -> String {
     let failed = words::goodbye(GoodbyeCode::DiskFailed);
     if service.state == StateName::Failed && service.role != RoleName::Primary {
         "it stays off until the disk of this node's copy is replaced (stop the replicator, `holdfast volume replace-disk`, \
-         start it) or, if it was a passing error, until the replicator is started again"
+         start it) or, if it was a passing error, until `holdfast volume attach-disk` has it tried again"
             .into()
     } else if peer.state == Some(StateName::Failed) || peer.last_error.contains(failed) {
         format!(

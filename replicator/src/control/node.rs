@@ -17,6 +17,9 @@ pub trait Node: Clone + Send + Sync + 'static {
     /// Hands a command to the core of a service.
     fn command(&self, service: &str, command: Command) -> impl Future<Output = AdminResult> + Send;
 
+    /// Takes a detached service up again. `disk`: also one whose disk failed or was detached, if it is not primary.
+    fn attach(&self, service: &str, disk: bool) -> impl Future<Output = AdminResult> + Send;
+
     /// Reads identity and trusted peers again, from files that the command line may have changed, and has the link act by them.
     fn reload(&self) -> impl Future<Output = AdminResult> + Send;
 

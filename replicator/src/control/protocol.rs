@@ -120,6 +120,10 @@ pub enum ServiceCommand {
     Detach,
     /// Stop using this copy's disk and go on through another copy; refused where none can serve.
     DetachDisk,
+    /// Take a detached service up again, from its disks as they are now.
+    Attach,
+    /// Take this copy's disk into use again after it failed or was detached.
+    AttachDisk,
 }
 
 /// A line from the server after its hello.

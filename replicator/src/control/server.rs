@@ -452,7 +452,8 @@ async fn answer<N: Node>(
         }
         Request::Command { service, command } => {
             let answer = match resolve(&node, &service, command).await {
-                Ok(command) => done(node.command(&service, command).await),
+                Ok(Order::Core(command)) => done(node.command(&service, command).await),
+                Ok(Order::Attach { disk }) => done(node.attach(&service, disk).await),
                 Err(fault) => Answer::Failed(fault),
             };
             send(answer).await;
@@ -489,7 +490,7 @@ async fn resolve<N: Node>(
     node: &N,
     service: &str,
     command: ServiceCommand,
-) -> Result<Command, Fault> {
+) -> Result<Order, Fault> {
     let status = node.status().await;
     let unknown = |what: String, next: String| {
         Fault::new(FaultCode::Unknown, what, "Nothing was changed", next)
@@ -538,7 +539,7 @@ async fn resolve<N: Node>(
         }
     };
     let optional_slot = |name: Option<String>| name.as_deref().map(slot).transpose();
-    Ok(match command {
+    Ok(Order::Core(match command {
         ServiceCommand::Promote { force } => Command::Promote { force },
         ServiceCommand::Demote => Command::Demote,
         ServiceCommand::Connect { peer } => Command::Connect {
@@ -574,5 +575,15 @@ async fn resolve<N: Node>(
         ServiceCommand::WhatWouldForceLose => Command::WhatWouldForceLose,
         ServiceCommand::Detach => Command::Detach,
         ServiceCommand::DetachDisk => Command::DetachDisk,
-    })
+        ServiceCommand::Attach => return Ok(Order::Attach { disk: false }),
+        ServiceCommand::AttachDisk => return Ok(Order::Attach { disk: true }),
+    }))
+}
+
+/// Whom a command is for.
+enum Order {
+    /// The core of the service.
+    Core(Command),
+    /// The process: the service has no core that could do it.
+    Attach { disk: bool },
 }

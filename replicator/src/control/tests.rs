@@ -47,6 +47,9 @@ impl Node for Scripted {
             _ => Ok("done".into()),
         }
     }
+    async fn attach(&self, service: &str, disk: bool) -> AdminResult {
+        Ok(format!("attached {service}, disk {disk}"))
+    }
     async fn reload(&self) -> AdminResult {
         Ok("read again".into())
     }

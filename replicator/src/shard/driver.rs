@@ -108,8 +108,15 @@ impl Shard {
         Time(self.started.elapsed().as_nanos() as u64)
     }
 
-    pub(super) fn add_service(&self, service: Service) {
-        self.services.borrow_mut().push(service);
+    /// Adds a service, or puts it in the place of the detached one with its index.
+    pub(super) fn put_service(&self, service: Service) {
+        let mut services = self.services.borrow_mut();
+        let at = service.index;
+        if at == services.len() {
+            services.push(service);
+        } else {
+            services[at] = service;
+        }
     }
 
     /// Looks at or changes the services. Not to be called from inside [`pump`](Self::pump).

@@ -2,8 +2,9 @@
 
 use super::driver::Shard;
 use super::service::{HUNG_STOP_SECONDS, LONGEST_STOP_SECONDS};
+use super::start::Attacher;
 use crate::control::node::Node;
-use crate::control::protocol::{EventReport, LevelName, NodeStatus, ServiceReport};
+use crate::control::protocol::{EventReport, LevelName, NodeStatus, ServiceReport, StateName};
 use crate::control::render::{met, timestamp};
 use crate::events::{EventLog, now_ms};
 use crate::observed::Observed;
@@ -11,6 +12,8 @@ use holdfast_frontend::CloseReason;
 use holdfast_link::{Identity, Peer, PeerStore};
 use holdfast_replicator_core::api::{AdminResult, Command, Refusal, RefusalKind, Role};
 use holdfast_replicator_core::status::LinkState;
+
+use holdfast_wire_format::metadata::CopyState;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
 use std::time::{Duration, Instant};
@@ -30,6 +33,12 @@ pub(crate) enum Message {
     Command {
         service: String,
         command: Command,
+        answer: oneshot::Sender<AdminResult>,
+    },
+    /// Take a detached service up again.
+    Attach {
+        service: String,
+        disk: bool,
         answer: oneshot::Sender<AdminResult>,
     },
     /// Peers and certificates were read again; answered when the link knows.
@@ -209,6 +218,21 @@ impl Node for NodeHandle {
         answered
     }
 
+    async fn attach(&self, service: &str, disk: bool) -> AdminResult {
+        let (answer, result) = oneshot::channel();
+        let message = Message::Attach {
+            service: service.to_owned(),
+            disk,
+            answer,
+        };
+        if self.shared.shard.send(message).await.is_err() {
+            return Err(Self::stopping(service));
+        }
+        result
+            .await
+            .unwrap_or_else(|_| Err(Self::stopping(service)))
+    }
+
     async fn reload(&self) -> AdminResult {
         let before = self.shared.peers.all();
         let (identity, peers) = (self.shared.identity.clone(), self.shared.peers.clone());
@@ -331,6 +355,7 @@ pub(super) async fn answer_messages(
     shard: Rc<Shard>,
     mut messages: mpsc::Receiver<Message>,
     nbd_uris: impl Fn(&str, &str) -> Vec<String>,
+    attacher: Attacher,
 ) {
     while let Some(message) = messages.recv().await {
         match message {
@@ -360,6 +385,14 @@ pub(super) async fn answer_messages(
                     None => shard.pump(),
                 }
             }
+            Message::Attach {
+                service,
+                disk,
+                answer,
+            } => {
+                let result = attach_again(&shard, &attacher, &service, disk).await;
+                let _ = answer.send(result);
+            }
             Message::Reload(answer) => {
                 shard.reload();
                 let _ = answer.send(());
@@ -371,6 +404,82 @@ pub(super) async fn answer_messages(
             }
         }
     }
+}
+
+/// A service that this process gave up is taken up again, from its disks as they are now: with a new core, as at a start.
+async fn attach_again(
+    shard: &Rc<Shard>,
+    attacher: &Attacher,
+    service: &str,
+    disk: bool,
+) -> AdminResult {
+    let now = shard.now();
+    let found = shard.with_services(|services| {
+        let at = services.iter().position(|known| known.name == service)?;
+        let failed = services[at].core.status(now).state == CopyState::Failed;
+        Some((at, services[at].role, failed))
+    });
+    let Some((at, role, failed)) = found else {
+        return Err(no_service(service));
+    };
+    let refused = |what: String, kept: &str, next: &str| {
+        Err(Refusal {
+            kind: RefusalKind::Refused,
+            what,
+            kept: kept.into(),
+            next: next.into(),
+        })
+    };
+    match role {
+        Role::Detached => {}
+        Role::Secondary if failed && disk => {
+            let (answer, detached) = oneshot::channel();
+            shard.with_services(|services| services[at].admin(Command::Detach, answer));
+            shard.pump();
+            detached
+                .await
+                .unwrap_or_else(|_| Err(NodeHandle::stopping(service)))?;
+        }
+        _ if failed => {
+            return refused(
+                format!("service {service} goes on through another copy's disk"),
+                "It goes on like that",
+                "Move it there first: `holdfast demote` here, `holdfast promote` there, then `holdfast volume attach-disk` here",
+            );
+        }
+        _ => {
+            return refused(
+                format!("service {service} is attached on this node, and its disks are in use"),
+                "Nothing was changed",
+                "`holdfast status` shows it",
+            );
+        }
+    }
+    // A request that the disk has not answered may still be carried out, and its answer would reach the new core.
+    let busy = shard.with_services(|services| {
+        let mut files = services[at].volumes.iter().flat_map(|v| [v.data, v.meta]);
+        files.any(|file| shard.ring().backing(file).is_some())
+    });
+    if busy {
+        return refused(
+            format!("a disk of service {service} has not answered all requests of before"),
+            "The service stays detached, and the disk locked",
+            "Wait until the disk answers, or restart the replicator",
+        );
+    }
+    if let Err(error) = attacher.attach(shard, at) {
+        return refused(
+            format!("service {service} cannot be attached: {error}"),
+            "The service stays detached, its disks are as they were",
+            "Remove the cause, then `holdfast attach` again",
+        );
+    }
+    shard.pump();
+    let state = shard.with_services(|services| services[at].core.status(now).state);
+    Ok(format!(
+        "service {service} is attached: this copy is {} and meets the others",
+        StateName::from(state)
+    ))
 }
 
 fn reports(shard: &Rc<Shard>, nbd_uris: &impl Fn(&str, &str) -> Vec<String>) -> Vec<ServiceReport> {

@@ -124,7 +124,14 @@ async fn serve(setup: Setup, ready: oneshot::Sender<Result<Addresses, StartError
         messages,
         observed,
     } = setup;
-    let up = bring_up(&config, identity, peers, &log, &metrics, &observed).await;
+    let attacher = Attacher {
+        config: config.clone(),
+        node: identity.id(),
+        peers: peers.clone(),
+        metrics,
+        observed,
+    };
+    let up = bring_up(&config, identity, peers, &log, &attacher).await;
     let (shard, server, addresses) = match up {
         Ok(up) => up,
         Err(error) => return drop(ready.send(Err(error))),
@@ -138,7 +145,7 @@ async fn serve(setup: Setup, ready: oneshot::Sender<Result<Addresses, StartError
         // Nobody waits for this shard any more; it still stops cleanly, by its closed message queue.
         tracing::warn!("the process ended while its shard started");
     }
-    answer_messages(shard.clone(), messages, uris).await;
+    answer_messages(shard.clone(), messages, uris, attacher).await;
     if let Some(server) = &server {
         server.stop(CloseReason::Stopping);
         server.idle().await;
@@ -154,8 +161,7 @@ async fn bring_up(
     identity: Arc<Identity>,
     peers: Arc<PeerStore>,
     log: &EventLog,
-    metrics: &Metrics,
-    observed: &Observed,
+    attacher: &Attacher,
 ) -> Result<Up, StartError> {
     let budgets = Budgets::of(
         config
@@ -165,20 +171,9 @@ async fn bring_up(
     );
     let memory = Rc::new(Memory::new(budgets).map_err(StartError::Memory)?);
     let ring = Ring::new(RingOptions::default(), memory.pool())?;
-    let node = identity.id();
-    // As the nodes are called where they joined, also where the configuration has their ids.
-    let known = peers.all();
-    let names = |id: Uuid| {
-        known
-            .iter()
-            .find(|peer| peer.id == id)
-            .map(|peer| peer.name.clone())
-    };
-    let peer_lists: Vec<Vec<PeerParameters>> = config
-        .services
-        .iter()
-        .map(|service| peer_parameters(service, &peers))
-        .collect::<Result<_, _>>()?;
+    for service in &config.services {
+        peer_parameters(service, &peers)?;
+    }
     let link = LinkPort::start(
         LinkConfig {
             listen: config.node.link_listen.clone(),
@@ -199,26 +194,8 @@ async fn bring_up(
         config.node.spin,
         config.node.state_dir.clone(),
     );
-    let mut hints = Hints::load(&config.node.state_dir);
-    let mut hints_changed = false;
-    for (at, (service, peers)) in config.services.iter().zip(&peer_lists).enumerate() {
-        attach(
-            &shard,
-            config,
-            service,
-            at,
-            node,
-            peers,
-            &mut hints,
-            &mut hints_changed,
-            metrics,
-            &names,
-            observed,
-        )?;
-    }
-    if hints_changed && let Err(error) = hints.store(&config.node.state_dir) {
-        // A help for the day a device grows, no more.
-        tracing::warn!(%error, "the sizes of the devices could not be remembered in the state directory");
+    for at in 0..config.services.len() {
+        attacher.attach(&shard, at)?;
     }
     shard.link().serve(&shard);
     let mut addresses = Addresses {
@@ -307,6 +284,52 @@ fn open_options(_service: &str, _volume: &str) -> OpenOptions {
             std::path::PathBuf::from(directory).join(format!("{_service}-{_volume}.sock"))
         }),
         ..OpenOptions::default()
+    }
+}
+
+/// What it takes to attach a service, at the start and later.
+pub(super) struct Attacher {
+    config: Config,
+    node: Uuid,
+    peers: Arc<PeerStore>,
+    metrics: Metrics,
+    observed: Arc<Observed>,
+}
+
+impl Attacher {
+    /// Attaches the service at that place of the configuration, in place of what it was here before. Blocks while metadata is read.
+    pub fn attach(&self, shard: &Rc<Shard>, at: usize) -> Result<(), StartError> {
+        let service = &self.config.services[at];
+        let peers = peer_parameters(service, &self.peers)?;
+        // As the nodes are called where they joined, also where the configuration has their ids.
+        let known = self.peers.all();
+        let names = |id: Uuid| {
+            known
+                .iter()
+                .find(|peer| peer.id == id)
+                .map(|peer| peer.name.clone())
+        };
+        let state_dir = &self.config.node.state_dir;
+        let mut hints = Hints::load(state_dir);
+        let mut hints_changed = false;
+        attach(
+            shard,
+            &self.config,
+            service,
+            at,
+            self.node,
+            &peers,
+            &mut hints,
+            &mut hints_changed,
+            &self.metrics,
+            &names,
+            &self.observed,
+        )?;
+        if hints_changed && let Err(error) = hints.store(state_dir) {
+            // A help for the day a device grows, no more.
+            tracing::warn!(%error, "the sizes of the devices could not be remembered in the state directory");
+        }
+        Ok(())
     }
 }
 
@@ -454,7 +477,7 @@ fn attach(
         Budgets::of_peer(&service.tuning),
         &slots,
     );
-    shard.add_service(Service::new(
+    shard.put_service(Service::new(
         at,
         service.name.clone(),
         config.node.name.clone(),

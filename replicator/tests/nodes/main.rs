@@ -1,5 +1,6 @@
 //! Whole replicators in this process, on real files, over loopback.
 
+mod attach;
 mod child;
 mod grow;
 mod grow_online;
