@@ -227,6 +227,11 @@ impl World {
         if n.generation_checks.1 > 20 || probe.failed {
             return;
         }
+        // The core may have gone on to a generation in this very turn: what completed before that is of the one before.
+        let own = n.disk.superblock();
+        if !own.is_some_and(|(_, sb)| sb.generations.iter().any(|g| g.id == probe.generation)) {
+            return;
+        }
         for node in 0..self.nodes.len() {
             if node == primary
                 || !self.both_up(primary, node)

@@ -112,7 +112,10 @@ impl Core {
 
     /// The data of this copy is given up: it becomes blank, and the next meeting fills it whole.
     fn invalidate(&mut self, admin: AdminId, out: &mut Actions) {
+        // What serves for a primary without a disk alone has what that one completed (D13).
+        let serves = self.peers.iter().any(|p| p.diskless);
         let only_good = self.is_primary_like()
+            || serves
             || !self.peers.iter().any(|p| {
                 matches!(
                     p.their_state,
@@ -121,7 +124,7 @@ impl Core {
             });
         if only_good {
             let text = refusal(
-                "this copy is primary, or no other copy is known to hold the data",
+                "this copy is primary, or serves for one whose disk failed, or no other copy is known to hold the data",
                 "Nothing was discarded",
                 "Demote it, connect a copy that is up to date, then invalidate this one",
             );

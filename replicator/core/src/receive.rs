@@ -333,6 +333,14 @@ impl Core {
             let text = format!("resync data came while {}", self.peers[at].relation.name());
             return self.bad_frame(at, &text, out);
         }
+        // The one this copy recorded before it said Ready, or was told since: what it becomes is known by it.
+        if header.generation != self.sb.target_of && !planted!("foreign-resync-taken") {
+            return self.bad_frame(
+                at,
+                "resync data of a generation that was not announced",
+                out,
+            );
+        }
         if !self.range_ok(header) {
             return self.bad_frame(at, "resync data outside its volume", out);
         }

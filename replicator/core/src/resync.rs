@@ -271,6 +271,8 @@ impl Core {
         header.offset = offset;
         header.length = length;
         header.position = sequence;
+        // One that begins meanwhile is told first, and nobody hears of it before it is on the disk.
+        header.generation = self.peers[at].told_generation;
         let payload = if zero {
             Payload::None
         } else {

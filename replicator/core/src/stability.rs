@@ -130,16 +130,16 @@ impl Core {
         if let Some(held) = self.stable_held {
             return held;
         }
-        let mut stable = self.local_flushed;
-        if let Some(server) = self
-            .diskless
-            .as_ref()
-            .and_then(|d| self.peer_index(d.server))
-        {
-            // Its own disk counts for nothing.
-            return self.peers[server].flushed;
-        }
         let required = self.required();
+        if let Some(diskless) = &self.diskless {
+            // Its own disk counts for nothing; until the server is alone in S, the other members do, also those that are away.
+            let members = self.peers.iter().filter(|p| {
+                let server = p.slot == diskless.server;
+                server || (required.contains(p.slot) && !planted!("server-counts-for-all"))
+            });
+            return members.map(|p| p.flushed).min().unwrap_or(0);
+        }
+        let mut stable = self.local_flushed;
         for peer in &self.peers {
             if required.contains(peer.slot) && !planted!("stable-without-the-peer") {
                 let at = match peer.relation {

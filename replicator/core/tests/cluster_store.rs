@@ -6,6 +6,7 @@ mod world;
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
+use world::story::*;
 use world::*;
 
 const SIZE: u64 = 1 << 20;
@@ -18,36 +19,6 @@ fn copies(seed: u64, modes: &[Mode], policy: OnPeerLoss, lost: u64) -> World {
     }
     w.until("the copies agree", 100_000, |w| w.settled(&all));
     w
-}
-
-fn cut(w: &mut World, a: usize, b: usize) {
-    w.cut.push((a.min(b), a.max(b)));
-    w.drop_link(a, b, "cut");
-}
-
-fn ok(result: AdminResult) {
-    if let Err(refusal) = result {
-        panic!("{refusal}");
-    }
-}
-
-fn write(w: &mut World, n: usize, block: u64, fill: u8) -> RequestId {
-    w.write(n, 0, block * BLOCK, vec![fill; BLOCK as usize], false)
-}
-
-fn written(w: &mut World, n: usize, block: u64, fill: u8) {
-    let request = write(w, n, block, fill);
-    w.until("the write completes", 100_000, |w| {
-        w.status_of(n, request).is_some()
-    });
-    assert_eq!(w.status_of(n, request), Some(Status::Ok));
-}
-
-fn holds(w: &World, n: usize, block: u64, fill: u8) -> bool {
-    let at = (block * BLOCK) as usize;
-    w.nodes[n].disk.data[0][at..at + BLOCK as usize]
-        .iter()
-        .all(|b| *b == fill)
 }
 
 fn set(slots: &[u8]) -> SlotSet {

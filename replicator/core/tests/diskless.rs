@@ -6,6 +6,7 @@ use holdfast_replicator_core::api::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 use std::collections::BTreeMap;
+use world::story::*;
 use world::*;
 
 const SIZE: u64 = 1 << 20;
@@ -433,6 +434,58 @@ fn the_server_knows_what_the_failed_disk_lacks() {
         assert!(
             w.nodes[0].disk.data == w.nodes[1].disk.data,
             "the copies are equal (case {case})"
+        );
+    }
+}
+
+/// D7: a member of S is cut off and lacks a write when the primary's disk fails. What the server holds is not stable, whatever it
+/// flushed: it remembers what that member lacks.
+#[test]
+fn a_member_that_is_away_is_remembered_by_the_server() {
+    for seed in 0..20 {
+        let mut w = pair(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend);
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 2);
+        cut(&mut w, 1, 2);
+        let parked = write(&mut w, 0, 40, 2);
+        w.until("the server has it", 20_000, |w| holds(w, 1, 40, 2));
+        w.nodes[0].broken = true;
+        w.flush(0);
+        w.until("the server goes on with it", 100_000, |w| {
+            w.status_of(0, parked).is_some()
+        });
+        w.crash(0, false);
+        w.cut.clear();
+        w.until("copies 1 and 2 meet", 100_000, |w| {
+            let equal = w.nodes[1].disk.data == w.nodes[2].disk.data;
+            w.settled(&[1, 2]) && (equal || w.now.0 > 60_000_000_000)
+        });
+        assert!(
+            holds(&w, 2, 40, 2),
+            "seed {seed}: nobody knows that it lacks it"
+        );
+    }
+}
+
+/// D11: what serves for a primary without a disk alone holds current data, and is not given up.
+#[test]
+fn the_server_of_a_primary_without_a_disk_is_not_invalidated() {
+    for seed in 0..10 {
+        let mut w = pair(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend);
+        written(&mut w, 0, 1, 1);
+        w.nodes[0].broken = true;
+        written(&mut w, 0, 2, 2);
+        let server = (1..3)
+            .find(|n| on_disk(&w, *n).in_sync == SlotSet::only(Slot(*n as u8)))
+            .expect("one of them serves");
+        w.command(server, Command::Invalidate)
+            .expect_err("it alone has block 2");
+        written(&mut w, 0, 3, 3);
+        w.crash(0, false);
+        ok(w.promote(server, false));
+        assert!(
+            holds(&w, server, 2, 2) && holds(&w, server, 3, 3),
+            "seed {seed}"
         );
     }
 }

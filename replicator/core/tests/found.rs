@@ -4,9 +4,11 @@
 mod world;
 
 use holdfast_replicator_core::api::*;
+use holdfast_wire_format::frame::FrameKind;
+use holdfast_wire_format::frame_codec::{decode_header, encode_header};
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
-use holdfast_wire_format::superblock;
+use world::story::*;
 use world::*;
 
 const SIZE: u64 = 1 << 20;
@@ -25,29 +27,6 @@ fn pair(seed: u64) -> World {
     copies(seed, &[Mode::Sync, Mode::Sync], OnPeerLoss::Suspend)
 }
 
-fn cut(w: &mut World, a: usize, b: usize) {
-    w.cut.push((a.min(b), a.max(b)));
-    w.drop_link(a, b, "cut");
-}
-
-fn block(w: &mut World, n: usize, block: u64, fill: u8) -> RequestId {
-    w.write(n, 0, block * BLOCK, vec![fill; BLOCK as usize], false)
-}
-
-fn written(w: &mut World, n: usize, at: u64, fill: u8) {
-    let request = block(w, n, at, fill);
-    w.until("the write completes", 20_000, |w| {
-        w.status_of(n, request).is_some()
-    });
-    assert_eq!(w.status_of(n, request), Some(Status::Ok));
-}
-
-fn ok(result: AdminResult) {
-    if let Err(refusal) = result {
-        panic!("{refusal}");
-    }
-}
-
 fn role(w: &World, n: usize) -> Option<Role> {
     w.nodes[n].core.as_ref().map(|c| c.status(w.now).role)
 }
@@ -55,17 +34,6 @@ fn role(w: &World, n: usize) -> Option<Role> {
 fn epoch(w: &World, n: usize) -> Epoch {
     let core = w.nodes[n].core.as_ref().expect("a process");
     core.status(w.now).epoch
-}
-
-/// The newer superblock of a copy, as it is on the disk.
-fn on_disk(w: &World, n: usize) -> Superblock {
-    let slot = |offset| -> [u8; 4096] {
-        let block = &w.nodes[n].disk.meta[&(0, offset)];
-        block.as_slice().try_into().expect("4 KiB")
-    };
-    superblock::choose(&slot(0), &slot(4096))
-        .expect("a superblock")
-        .0
 }
 
 fn same(w: &World, a: usize, b: usize) {
@@ -120,7 +88,7 @@ fn a_copy_that_is_being_filled_fills_nobody() {
         w.tuning.resync_window_bytes = 16 << 10;
         ok(w.promote(0, false));
         for at in 0..120 {
-            block(&mut w, 0, at * 2, 1 + at as u8);
+            write(&mut w, 0, at * 2, 1 + at as u8);
         }
         let some = 100 + w.rng.below(300) as usize;
         w.steps(some);
@@ -277,7 +245,7 @@ fn two_lost_sessions_lose_nothing_that_was_received() {
         for round in 0..3 {
             for at in 0..6 {
                 let fill = (round * 6 + at + 1) as u8;
-                requests.push((at, fill, block(&mut w, 0, at, fill)));
+                requests.push((at, fill, write(&mut w, 0, at, fill)));
             }
             let some = w.rng.below(30) as usize;
             w.steps(some);
@@ -368,7 +336,7 @@ fn generations_that_begin_during_a_meeting_are_told() {
         });
         written(&mut w, 0, 1, 1);
         for at in 0..4 {
-            block(&mut w, 0, at, 2);
+            write(&mut w, 0, at, 2);
         }
         let some = w.rng.below(30) as usize;
         w.steps(some);
@@ -463,7 +431,7 @@ fn a_primary_that_fills_another_primary_does_not_take_it_for_its_own() {
         w.until("copy 0 follows", 40_000, |w| {
             role(w, 0) == Some(Role::Secondary) && w.settled(&[0, 1])
         });
-        let lost = block(&mut w, 1, 5, 9);
+        let lost = write(&mut w, 1, 5, 9);
         w.drop_link(0, 1, "a blip");
         w.until("it completes without copy 0", 40_000, |w| {
             w.status_of(1, lost).is_some()
@@ -473,4 +441,49 @@ fn a_primary_that_fills_another_primary_does_not_take_it_for_its_own() {
         w.steps(2000);
         same(&w, 0, 1);
     }
+}
+
+/// D14: resync data of a generation that was never announced (its sender is defective) ends the session, and changes nothing.
+#[test]
+fn resync_data_of_another_generation_is_refused() {
+    let mut reached = 0;
+    for seed in 0..20 {
+        let mut w = pair(seed);
+        ok(w.promote(0, false));
+        w.crash(1, true);
+        for at in 0..16 {
+            write(&mut w, 0, at, 3);
+        }
+        w.start(1);
+        let mut changed = false;
+        for _ in 0..20_000 {
+            let wire = w.wires.get_mut(&(0, 1)).and_then(|wire| wire.front_mut());
+            if let Some((header, body)) = wire
+                && let bytes = header.as_slice().try_into().expect("a header")
+                && let Ok(mut decoded) = decode_header(bytes)
+                && decoded.kind == FrameKind::ResyncData
+                && !changed
+            {
+                changed = true;
+                decoded.generation = GenerationId(decoded.generation.0 ^ 1);
+                *header = encode_header(&decoded).to_vec();
+                body.fill(0xee);
+            }
+            w.step();
+            assert!(!holds(&w, 1, 0, 0xee), "seed {seed}: it was written");
+            if w.settled(&[0, 1]) && w.up_to_date(1) {
+                break;
+            }
+        }
+        let refused = |n: &Notice| n.kind == "bad-frame" && n.text.contains("not announced");
+        if changed {
+            reached += 1;
+            assert!(w.nodes[1].notices.iter().any(refused), "seed {seed}");
+            w.until("whole all the same", 100_000, |w| {
+                w.settled(&[0, 1]) && w.up_to_date(1)
+            });
+            same(&w, 0, 1);
+        }
+    }
+    assert!(reached > 10, "reached {reached} times");
 }

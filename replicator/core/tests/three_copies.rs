@@ -6,7 +6,7 @@ mod world;
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
-use holdfast_wire_format::superblock;
+use world::story::*;
 use world::*;
 
 const SIZE: u64 = 1 << 20;
@@ -19,47 +19,6 @@ fn copies(seed: u64, modes: &[Mode]) -> World {
     }
     w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
     w
-}
-
-fn cut(w: &mut World, a: usize, b: usize) {
-    w.cut.push((a.min(b), a.max(b)));
-    w.drop_link(a, b, "cut");
-}
-
-fn write(w: &mut World, n: usize, block: u64, fill: u8) -> RequestId {
-    w.write(n, 0, block * BLOCK, vec![fill; BLOCK as usize], false)
-}
-
-fn written(w: &mut World, n: usize, block: u64, fill: u8) {
-    let request = write(w, n, block, fill);
-    w.until("the write completes", 20_000, |w| {
-        w.status_of(n, request).is_some()
-    });
-    assert_eq!(w.status_of(n, request), Some(Status::Ok));
-}
-
-fn ok(result: AdminResult) {
-    if let Err(refusal) = result {
-        panic!("{refusal}");
-    }
-}
-
-/// The newer superblock of a copy, as it is on the disk.
-fn on_disk(w: &World, n: usize) -> Superblock {
-    let slot = |offset| -> [u8; 4096] {
-        let block = &w.nodes[n].disk.meta[&(0, offset)];
-        block.as_slice().try_into().expect("4 KiB")
-    };
-    superblock::choose(&slot(0), &slot(4096))
-        .expect("a superblock")
-        .0
-}
-
-fn holds(w: &World, n: usize, block: u64, fill: u8) -> bool {
-    let at = (block * BLOCK) as usize;
-    w.nodes[n].disk.data[0][at..at + BLOCK as usize]
-        .iter()
-        .all(|b| *b == fill)
 }
 
 fn blank_disk(w: &mut World, n: usize, seed: u64) {

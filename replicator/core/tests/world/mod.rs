@@ -5,6 +5,7 @@
 
 pub mod register;
 pub mod resync;
+pub mod story;
 
 use holdfast_replicator_core::api::*;
 use holdfast_replicator_core::{AttachError, Core, CreateParameters, CreateVolume, create};
