@@ -89,6 +89,7 @@ mod on {
         defect("early-completion", "D1", "a write completes although a member of S has not acknowledged it"),
         defect("received-is-acknowledged", "D1", "in sync mode, received counts as written"),
         defect("lost-leg-completes", "D1, C1", "a leg that is gone counts as done before S is committed without it"),
+        defect("acknowledged-forever", "D1", "what a copy acknowledged before its session ended counts, although it may have lost it since"),
         defect("generation-unknown", "D10", "a write completes in a generation that the other copy does not hold yet"),
         unseen("cools-early", "D7", "an extent cools before its bits are durable"),
         defect("log-forgotten", "D7", "an unclean attach makes no bits of what was hot"),

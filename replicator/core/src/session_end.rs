@@ -107,17 +107,27 @@ impl Core {
             self.join_abandoned(at, out);
         }
         // Legs in flight to it are bits now.
-        let keys: Vec<u32> = self
+        let flushed = self.peers[at].flushed;
+        let keys: Vec<(u32, bool)> = self
             .window
             .iter()
-            .map(|e| e.op)
-            .filter(|op| *op != NO_OP)
+            .map(|e| (e.op, e.position > flushed))
+            .filter(|(op, _)| *op != NO_OP)
             .collect();
-        for key in keys {
+        for (key, unstable) in keys {
             if let Some(Op::Client(op)) = self.ops.get_mut(key as usize) {
+                // D1: what it acknowledged and did not flush it may have lost by the time that the other copies have the
+                // write, with its cache or because a member that never got it filled it. It counts while the session lasts.
+                // (A server of a primary without a disk acknowledges what is durable.)
+                let revoked = unstable
+                    && !op.replied
+                    && mirrored
+                    && self.diskless.is_none()
+                    && !planted!("acknowledged-forever");
                 let leg = &mut op.legs[slot.0 as usize];
                 // What it only received in memory it may have lost: nobody acknowledges it any more.
-                if matches!(*leg, Leg::InFlight | Leg::Received) {
+                if matches!(*leg, Leg::InFlight | Leg::Received) || (revoked && *leg == Leg::Acked)
+                {
                     *leg = Leg::Bits;
                 }
             }

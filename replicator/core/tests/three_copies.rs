@@ -394,3 +394,40 @@ fn two_that_join_at_once_are_both_waited_for() {
     }
     assert!(both > 0, "the case was reached");
 }
+
+/// D1: a member had acknowledged a write that waits for another one. It was lost then, and a member that never got the write
+/// filled it: what it acknowledged in a session that is over, and did not flush, counts no more.
+#[test]
+fn an_acknowledgement_ends_with_its_session() {
+    for seed in 0..20 {
+        let mut w = copies(seed, &[Mode::Sync; 3]);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 1);
+        let request = write(&mut w, 0, 1, 2);
+        w.until("copy 2 has it", 100_000, |w| holds(w, 2, 1, 2));
+        w.deliver_all();
+        w.crash(2, false);
+        w.cut.push((0, 2));
+        w.start(2);
+        w.until("copy 1 fills copy 2", 100_000, |w| {
+            w.settled(&[1, 2]) && w.up_to_date(2) && !holds(w, 2, 1, 2)
+        });
+        w.cut.retain(|pair| *pair != (0, 1));
+        w.until("copy 1 is filled", 100_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(1) && holds(w, 1, 1, 2)
+        });
+        w.steps(200);
+        assert!(
+            w.status_of(0, request).is_none() || holds(&w, 2, 1, 2),
+            "seed {seed}: it completes, and copy 2, which is in S, lost it"
+        );
+        w.cut.clear();
+        w.until("it completes once copy 2 is back", 100_000, |w| {
+            w.status_of(0, request).is_some() && w.settled(&[0, 1, 2]) && w.up_to_date(2)
+        });
+        for n in 0..3 {
+            assert!(holds(&w, n, 1, 2), "seed {seed}: copy {n}");
+        }
+    }
+}
