@@ -7,6 +7,8 @@ mod checks;
 mod clients;
 mod coverage;
 mod disk;
+pub mod enumerate;
+mod fingerprint;
 pub mod mutants;
 mod network;
 mod operators;
@@ -14,6 +16,7 @@ mod oracle;
 mod plan;
 mod register;
 mod rng;
+mod schedules;
 mod shrink;
 mod world;
 
@@ -110,8 +113,48 @@ fn reached() -> u64 {
     0
 }
 
+/// Where a world stood when its faults stopped, and what it came by since a given moment.
+#[derive(Clone, Debug)]
+pub(crate) struct Stand {
+    /// [`World::fingerprint`].
+    pub form: u64,
+    /// Points of [`plan::TRIGGERS`], each with the node that came there.
+    pub points: Vec<(usize, usize)>,
+}
+
+/// The same with a defect, and where the world stood when the faults stopped; `None` if it did not come to that.
+pub(crate) fn run_to(
+    plan: &Plan,
+    trace: Trace,
+    defect: Option<usize>,
+    points_from: u64,
+) -> (Outcome, Option<Stand>) {
+    let (sender, receiver) = channel();
+    let at = plan.duration - 1;
+    let outcome = run_driven(plan, trace, defect, move |world| {
+        world.points_from = points_from;
+        world.run_until(at)?;
+        let _ = sender.send(Stand {
+            form: world.fingerprint(),
+            points: std::mem::take(&mut world.points).into_iter().collect(),
+        });
+        world.points_from = u64::MAX;
+        world.run()
+    });
+    (outcome, receiver.try_recv().ok())
+}
+
 /// The same, with a defect planted in its cores, by its place in the table of them.
 pub(crate) fn run_with(plan: &Plan, trace: Trace, defect: Option<usize>) -> Outcome {
+    run_driven(plan, trace, defect, World::run)
+}
+
+fn run_driven(
+    plan: &Plan,
+    trace: Trace,
+    defect: Option<usize>,
+    drive: impl FnOnce(&mut World) -> Result<(), String> + Send + 'static,
+) -> Outcome {
     report_panics();
     let plan = plan.clone();
     let (sender, receiver) = channel();
@@ -122,7 +165,7 @@ pub(crate) fn run_with(plan: &Plan, trace: Trace, defect: Option<usize>) -> Outc
         if trace != Trace::Off {
             world.keep_trace(trace == Trace::Everything);
         }
-        let failure = world.run().err();
+        let failure = drive(&mut world).err();
         let mut coverage = std::mem::take(&mut world.coverage);
         coverage.seeds = 1;
         REPORT.with(|r| r.take());

@@ -1,6 +1,6 @@
 //! `cargo run --release -p simulator -- --seeds N [--first-seed S] [--json]`, or `--seed S` to look at one.
 
-use simulator::{Coverage, Plan, Trace, mutants, run, shrink};
+use simulator::{Coverage, Plan, Trace, enumerate, mutants, run, shrink};
 use std::process::ExitCode;
 use std::sync::Mutex;
 use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
@@ -8,6 +8,7 @@ use std::time::{Duration, Instant};
 
 const USAGE: &str =
     "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--without KIND,KIND]
+       simulator enumerate [--level N] [--seconds S] [--copies N] [--shapes N,N] [--threads T]
        simulator mutants [--seeds N] [--json] [--list] [--all] [--threads T] [NAME...]
        simulator --seed S [--no-shrink] [--everything] [--repeat] [--without KIND,KIND]
 
@@ -134,6 +135,15 @@ fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, St
 }
 
 fn main() -> ExitCode {
+    if std::env::args().nth(1).as_deref() == Some("enumerate") {
+        return match enumerate::arguments(std::env::args().skip(2)) {
+            Ok(a) => enumerate::run(&a),
+            Err(text) => {
+                eprintln!("{text}\n{}", enumerate::USAGE);
+                ExitCode::from(2)
+            }
+        };
+    }
     if std::env::args().nth(1).as_deref() == Some("mutants") {
         return match mutants(std::env::args().skip(2)) {
             Ok(a) => mutants::run(&a),

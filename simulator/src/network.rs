@@ -502,6 +502,15 @@ impl World {
         }
     }
 
+    /// The same, and nothing of what is on the way arrives.
+    pub(crate) fn lose_pair(&mut self, a: usize, b: usize) {
+        self.network.cut[a][b] += 1;
+        self.network.cut[b][a] += 1;
+        self.break_pair(a, b);
+        self.network.cut[a][b] -= 1;
+        self.network.cut[b][a] -= 1;
+    }
+
     pub(crate) fn link_down(&mut self, id: u64, end: usize) {
         let Some(c) = self.network.connections.get_mut(&id) else {
             return;

@@ -24,8 +24,6 @@ pub(crate) struct Operators {
 
 /// Virtual time after which a world without faults must have come to rest.
 const REST: u64 = 120_000 * MS;
-/// Clients go on for so long after the last fault.
-const CLIENTS_GO_ON: u64 = 1500 * MS;
 
 impl World {
     pub(crate) fn fault(&mut self, at: usize) {
@@ -161,6 +159,14 @@ impl World {
                 }
             }
             FaultKind::Replay { from, to } => self.replay(from, to),
+            FaultKind::Misnamed { node, ms } => {
+                if self.nodes[node].core.is_some() {
+                    self.kill(node);
+                    self.nodes[node].misnamed = true;
+                    self.restart(node, 10 * MS);
+                    over(self, ms);
+                }
+            }
         }
     }
 
@@ -189,6 +195,9 @@ impl World {
             n.disk = image;
         }
         n.restored = true;
+        // The image may be from before this copy held anything.
+        let image = n.disk.superblock();
+        n.may_be_blank = image.is_none_or(|(_, sb)| sb.state == CopyState::Blank);
         n.last_state = (255, 255);
         self.oracle.given_up(self.now, node);
         self.coverage.count("faults", "old disk came back");
@@ -199,6 +208,11 @@ impl World {
 
     /// A copy came to a point that an ambush may wait for.
     pub(crate) fn ambushes(&mut self, node: usize, what: &str) {
+        if self.now >= self.points_from
+            && let Some(on) = TRIGGERS.iter().position(|t| *t == what)
+        {
+            self.points.insert((node, on));
+        }
         let found = self.waiting.iter().position(|fault| {
             matches!(self.plan.faults[*fault].kind,
                 FaultKind::Ambush { node: n, on, .. } if n == node && TRIGGERS[on] == what)
@@ -299,6 +313,11 @@ impl World {
             }
             Strike::Demote => self.order(node, "demote", Command::Demote),
             Strike::Promote => self.order(node, "promote", Command::Promote { force: false }),
+            Strike::Lose => {
+                for other in others {
+                    self.lose_pair(node, other);
+                }
+            }
             Strike::PromoteOther => {
                 let other = others[self.rng.index(others.len())];
                 self.order(other, "promote", Command::Promote { force: false });
@@ -356,7 +375,15 @@ impl World {
             FaultKind::Detach { node, .. } if self.nodes[node].core.is_none() => {
                 self.restart(node, 0);
             }
+            FaultKind::Misnamed { node, .. } => self.put_names_right(node),
             _ => {}
+        }
+    }
+
+    fn put_names_right(&mut self, node: usize) {
+        if std::mem::take(&mut self.nodes[node].misnamed) && self.nodes[node].core.is_some() {
+            self.kill(node);
+            self.restart(node, 10 * MS);
         }
     }
 
@@ -510,6 +537,7 @@ impl World {
             self.nodes[node].fail_next = 0;
             self.release_disk(node);
             self.thaw(node);
+            self.put_names_right(node);
             self.order(node, "resume-io", Command::ResumeIo);
             self.order(node, "resume", Command::ResumeResync);
             self.order(node, "connect", Command::Connect { peer: None });
@@ -521,7 +549,7 @@ impl World {
 
     fn put_right(&mut self) {
         let passed = self.now - self.operators.faults_over_at;
-        if passed > CLIENTS_GO_ON {
+        if passed > self.plan.go_on {
             self.clients.stopped = true;
         }
         if passed > REST {
@@ -555,9 +583,9 @@ impl World {
         if self.operators.turns.is_multiple_of(40) {
             self.settle_split_brains();
         }
-        if passed > CLIENTS_GO_ON && self.at_rest() {
+        if passed > self.plan.go_on && self.at_rest() {
             let since = *self.operators.quiet_since.get_or_insert(self.now);
-            if self.now - since > 2500 * MS {
+            if self.now - since > self.plan.quiet {
                 self.final_checks();
             }
         } else {
@@ -728,6 +756,13 @@ impl World {
             "established" | "resync-target" | "resync-source"
         ) && let Some(peer) = notice.peer
         {
+            // Row 1: whatever the reason to meet, copies that call their volumes differently have nothing to exchange.
+            if self.nodes[node].misnamed != self.nodes[peer.0 as usize].misnamed {
+                self.fail(format!(
+                    "row 1: node {node} takes node {} for its peer, which names other volumes",
+                    peer.0
+                ));
+            }
             self.nodes[node].met = self.nodes[node].met.with(peer);
             self.nodes[node].met_at = self.now;
             self.nodes[node].look_now = true;

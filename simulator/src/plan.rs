@@ -141,6 +141,12 @@ pub enum FaultKind {
         from: usize,
         to: usize,
     },
+    /// The process is started again with a configuration that names two volumes in the wrong order, until somebody puts it
+    /// right.
+    Misnamed {
+        node: usize,
+        ms: u64,
+    },
 }
 
 /// What an ambush does.
@@ -162,6 +168,8 @@ pub enum Strike {
     Demote,
     Promote,
     PromoteOther,
+    /// Its connections break, and everything on them is lost.
+    Lose,
 }
 
 /// Which metadata rots: any block of its kind that the copy can do without.
@@ -176,8 +184,9 @@ pub enum Rot {
     Undo,
 }
 
-/// What an ambush waits for: notices of the core, and writes of metadata being given to the disk.
-pub const TRIGGERS: [&str; 25] = [
+/// What an ambush waits for: notices of the core, and writes of metadata being given to the disk; the frames after those are
+/// for schedules alone, seeds take the first [`SEEDED`].
+pub const TRIGGERS: [&str; 41] = [
     "handshake",
     "established",
     "resync-source",
@@ -203,7 +212,26 @@ pub const TRIGGERS: [&str; 25] = [
     "log write",
     "bitmap write",
     "undo write",
+    "sends Hello",
+    "sends BitmapEnd",
+    "sends Ready",
+    "sends ResyncData",
+    "sends ResyncAck",
+    "sends FlushAck",
+    "sends ResyncDone",
+    "sends CompleteAck",
+    "sends InSync",
+    "sends PromoteRequest",
+    "sends PromoteReply",
+    "sends NewGeneration",
+    "sends GenerationAck",
+    "sends Demoted",
+    "sends DiskLost",
+    "sends DiskLostAck",
 ];
+
+/// A seed picks among so many of [`TRIGGERS`].
+const SEEDED: usize = 25;
 
 impl FaultKind {
     /// Whether it concerns only the first `copies` nodes.
@@ -237,7 +265,8 @@ impl FaultKind {
             | FaultKind::Ambush { node, .. }
             | FaultKind::Backup { node }
             | FaultKind::OldDisk { node, .. }
-            | FaultKind::Rot { node, .. } => node < copies,
+            | FaultKind::Rot { node, .. }
+            | FaultKind::Misnamed { node, .. } => node < copies,
             FaultKind::Replay { from, to } => from < copies && to < copies,
         }
     }
@@ -275,6 +304,7 @@ impl FaultKind {
             FaultKind::OldDisk { .. } => "old disk",
             FaultKind::Rot { .. } => "rot",
             FaultKind::Replay { .. } => "replay",
+            FaultKind::Misnamed { .. } => "misnamed",
         }
     }
 }
@@ -329,6 +359,9 @@ pub struct Plan {
     pub corrupt_per_million: u64,
     /// How often the costly invariants are looked at.
     pub look_per_mille: u64,
+    /// Clients go on for so long after the last fault, ns; and so long everything must stay quiet before a run is over.
+    pub go_on: u64,
+    pub quiet: u64,
     /// Requests left out: (client, number).
     pub dropped_requests: BTreeSet<(usize, u64)>,
     pub faults: Vec<Fault>,
@@ -398,6 +431,8 @@ impl Plan {
             log_off_per_mille: [0, 0, 0, 300][rng.index(4)],
             corrupt_per_million: if rng.chance(200) { 300 } else { 0 },
             look_per_mille: 20,
+            go_on: 1500 * MS,
+            quiet: 2500 * MS,
             dropped_requests: BTreeSet::new(),
             faults: Vec::new(),
         };
@@ -479,7 +514,7 @@ impl Plan {
             Rot::BitmapMisdirected,
             Rot::Undo,
         ][rng.index(5)];
-        let on = rng.index(TRIGGERS.len());
+        let on = rng.index(SEEDED);
         // Moments that matter and are rarely hit otherwise.
         let known: [(&str, Strike); 10] = [
             ("resync-target", Strike::ForcedAlone),

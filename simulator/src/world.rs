@@ -8,7 +8,7 @@ use crate::plan::{MS, Plan};
 use crate::rng::Rng;
 use holdfast_replicator_core::Core;
 use holdfast_replicator_core::api::*;
-use holdfast_wire_format::frame::{Body, FrameHeader};
+use holdfast_wire_format::frame::{Body, FrameHeader, FrameKind};
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::layout::Layout;
 use holdfast_wire_format::metadata::{CopyState, GenerationCause};
@@ -149,6 +149,8 @@ pub(crate) struct Node {
     pub fail_next: u32,
     /// Must get a new disk: the core gave this one up.
     pub broken_disk: bool,
+    /// Runs under a configuration that names its volumes in the wrong order.
+    pub misnamed: bool,
     /// Runs on a disk that was restored from an old image and has not met the others since.
     pub restored: bool,
     /// A person told it to give up its data, or gave it a new disk; until it holds data again.
@@ -206,6 +208,9 @@ pub struct World {
     forced_seen: BTreeSet<GenerationId>,
     /// Ambushes of the plan that wait.
     pub(crate) waiting: Vec<usize>,
+    /// Points that an ambush could wait for and that were reached since that moment: (node, place in `TRIGGERS`).
+    pub(crate) points: BTreeSet<(usize, usize)>,
+    pub(crate) points_from: u64,
     /// Where the record is kept, if not by the copies themselves.
     pub(crate) register: Option<crate::register::Register>,
 }
@@ -247,6 +252,7 @@ impl World {
                 hung: false,
                 fail_next: 0,
                 broken_disk: false,
+                misnamed: false,
                 restored: false,
                 may_be_blank: true,
                 failed_once: false,
@@ -289,6 +295,8 @@ impl World {
             layouts: Vec::new(),
             forced_seen: BTreeSet::new(),
             waiting: Vec::new(),
+            points: BTreeSet::new(),
+            points_from: u64::MAX,
             register: None,
             plan,
         };
@@ -382,21 +390,33 @@ impl World {
         }
     }
 
+    /// Runs up to that moment, or to the first thing that is wrong.
+    pub(crate) fn run_until(&mut self, at: u64) -> Result<(), String> {
+        while self.queue.peek().is_some_and(|Reverse(next)| next.at <= at) && !self.finished {
+            self.next()?;
+        }
+        Ok(())
+    }
+
     /// Runs to the end, or to the first thing that is wrong.
     pub fn run(&mut self) -> Result<(), String> {
-        while let Some(Reverse(next)) = self.queue.pop() {
-            self.now = next.at;
-            self.coverage.steps += 1;
-            self.happen(next.what);
-            if let Some(failure) = self.failure.take() {
-                return Err(failure);
-            }
-            if self.finished {
-                break;
-            }
+        while !self.queue.is_empty() && !self.finished {
+            self.next()?;
         }
         self.coverage.virtual_ns += self.now;
         Ok(())
+    }
+
+    fn next(&mut self) -> Result<(), String> {
+        if let Some(Reverse(next)) = self.queue.pop() {
+            self.now = next.at;
+            self.coverage.steps += 1;
+            self.happen(next.what);
+        }
+        match self.failure.take() {
+            Some(failure) => Err(failure),
+            None => Ok(()),
+        }
     }
 
     fn happen(&mut self, what: Happening) {
@@ -574,7 +594,10 @@ impl World {
                 .enumerate()
                 .map(|(i, sectors)| AttachVolume {
                     index: VolumeIndex(i as u16),
-                    name: format!("volume-{i}"),
+                    name: {
+                        let last = self.plan.volumes.len() - 1;
+                        format!("volume-{}", if n.misnamed { last - i } else { i })
+                    },
                     device_data_size: sectors * SECTOR,
                     sector_size: SECTOR as u32,
                     discard_zeroes: true,
@@ -975,6 +998,8 @@ impl World {
                 if notice.kind == "handshake" {
                     let row = notice.text.split(':').next().unwrap_or_default().to_owned();
                     self.coverage.count("rows", &row);
+                    let outcome = format!("{row}: {}", outcome_in(&notice.text));
+                    self.coverage.count("outcomes", &outcome);
                 } else {
                     self.coverage.count("notices", notice.kind);
                 }
@@ -1369,7 +1394,6 @@ impl World {
                 (Body::Empty, Some(data))
             }
         };
-        use holdfast_wire_format::frame::FrameKind;
         if matches!(
             header.kind,
             FrameKind::Write | FrameKind::Zero | FrameKind::Flush
@@ -1388,6 +1412,7 @@ impl World {
             self.check(result);
         }
         self.coverage.frames[header.kind as usize & 127] += 1;
+        let kind = header.kind;
         let frame = Frame {
             header,
             body,
@@ -1395,7 +1420,60 @@ impl World {
             again: false,
         };
         self.transmit(node, peer.0 as usize, session, frame);
+        if let Some(point) = sending(kind) {
+            self.ambushes(node, point);
+        }
     }
+}
+
+/// What a meeting came to, by the sentences that tell a person.
+fn outcome_in(told: &str) -> &'static str {
+    const SENTENCES: [(&str, &str); 11] = [
+        ("The copies do not connect", "refused"),
+        ("mirroring begins", "nothing to copy"),
+        (
+            "marked and those in the target's undo log",
+            "copies marks and undo",
+        ),
+        ("the blocks that either side marked", "copies marks"),
+        (
+            "takes every block whose checksums differ",
+            "copies by checksum",
+        ),
+        ("takes every block", "copies everything"),
+        ("Split brain since", "split brain"),
+        ("until a person answers", "asks a person"),
+        ("Nothing is copied between these two", "waits for a third"),
+        ("goes on without its own disk", "diskless"),
+        ("", "?"),
+    ];
+    SENTENCES
+        .iter()
+        .find(|(sentence, _)| told.contains(sentence))
+        .map_or("?", |(_, outcome)| outcome)
+}
+
+/// The point of [`crate::plan::TRIGGERS`] that sending such a frame is.
+fn sending(kind: FrameKind) -> Option<&'static str> {
+    Some(match kind {
+        FrameKind::Hello => "sends Hello",
+        FrameKind::BitmapEnd => "sends BitmapEnd",
+        FrameKind::Ready => "sends Ready",
+        FrameKind::ResyncData => "sends ResyncData",
+        FrameKind::ResyncAck => "sends ResyncAck",
+        FrameKind::FlushAck => "sends FlushAck",
+        FrameKind::ResyncDone => "sends ResyncDone",
+        FrameKind::CompleteAck => "sends CompleteAck",
+        FrameKind::InSync => "sends InSync",
+        FrameKind::PromoteRequest => "sends PromoteRequest",
+        FrameKind::PromoteReply => "sends PromoteReply",
+        FrameKind::NewGeneration => "sends NewGeneration",
+        FrameKind::GenerationAck => "sends GenerationAck",
+        FrameKind::Demoted => "sends Demoted",
+        FrameKind::DiskLost => "sends DiskLost",
+        FrameKind::DiskLostAck => "sends DiskLostAck",
+        _ => return None,
+    })
 }
 
 fn describe(op: &DiskOp) -> String {
