@@ -27,8 +27,9 @@ const CLIENT_TIMEOUT: Duration = Duration::from_secs(5);
 const CLIENTS: usize = 4;
 /// Bytes of request line and headers together.
 const REQUEST_BYTES: u64 = 8 << 10;
-/// How often samples are folded into the buckets, so that they do not pile up when nobody scrapes.
-const UPKEEP: Duration = Duration::from_secs(5);
+/// How often samples are folded into the buckets, so that they do not pile up when nobody scrapes: 16 bytes each, three for a
+/// mirrored write.
+const UPKEEP: Duration = Duration::from_secs(1);
 
 /// All metrics of one process.
 #[derive(Clone)]
@@ -68,15 +69,31 @@ pub struct PeerMetrics {
 }
 
 impl Metrics {
-    /// An empty set. Not global: two replicators in one process do not mix.
+    /// An empty set. Not global: two replicators in one process do not mix. It is looked after by a task of its own, whether or not anybody
+    /// can scrape it.
     ///
     /// # Errors
     /// Never with these buckets; the exporter's builder returns a result.
+    ///
+    /// # Panics
+    /// Outside of a tokio runtime with time.
     pub fn new() -> Result<Metrics, BuildError> {
+        Metrics::folded(UPKEEP)
+    }
+
+    fn folded(every: Duration) -> Result<Metrics, BuildError> {
         let recorder = PrometheusBuilder::new()
             .set_buckets_for_metric(Matcher::Suffix("_seconds".into()), &LATENCY_BUCKETS)?
             .build_recorder();
         let handle = recorder.handle();
+        let fold = handle.clone();
+        tokio::spawn(async move {
+            let mut interval = tokio::time::interval(every);
+            loop {
+                interval.tick().await;
+                fold.run_upkeep();
+            }
+        });
         Ok(Metrics {
             recorder: Arc::new(recorder),
             handle,
@@ -141,41 +158,28 @@ impl Metrics {
     /// Answers `GET /metrics` on `listener` until the process ends.
     pub async fn serve<N: Node>(self, listener: TcpListener, node: N) {
         let clients = Arc::new(Semaphore::new(CLIENTS));
-        let handle = self.handle.clone();
-        let upkeep = async move {
-            let mut interval = tokio::time::interval(UPKEEP);
-            loop {
-                interval.tick().await;
-                handle.run_upkeep();
-            }
-        };
-        let accept = async move {
-            loop {
-                // One scrape more than allowed waits in the backlog.
-                let Ok(place) = clients.clone().acquire_owned().await else {
-                    return;
-                };
-                match listener.accept().await {
-                    Ok((stream, _)) => {
-                        let (metrics, node) = (self.clone(), node.clone());
-                        tokio::spawn(async move {
-                            // A scraper that went away is its own affair.
-                            let _ = tokio::time::timeout(
-                                CLIENT_TIMEOUT,
-                                answer(stream, &metrics, &node),
-                            )
-                            .await;
-                            drop(place);
-                        });
-                    }
-                    Err(error) => {
-                        tracing::warn!(%error, "a metrics connection could not be accepted");
-                        tokio::time::sleep(Duration::from_millis(100)).await;
-                    }
+        loop {
+            // One scrape more than allowed waits in the backlog.
+            let Ok(place) = clients.clone().acquire_owned().await else {
+                return;
+            };
+            match listener.accept().await {
+                Ok((stream, _)) => {
+                    let (metrics, node) = (self.clone(), node.clone());
+                    tokio::spawn(async move {
+                        // A scraper that went away is its own affair.
+                        let _ =
+                            tokio::time::timeout(CLIENT_TIMEOUT, answer(stream, &metrics, &node))
+                                .await;
+                        drop(place);
+                    });
+                }
+                Err(error) => {
+                    tracing::warn!(%error, "a metrics connection could not be accepted");
+                    tokio::time::sleep(Duration::from_millis(100)).await;
                 }
             }
-        };
-        tokio::join!(upkeep, accept);
+        }
     }
 }
 
@@ -410,6 +414,35 @@ mod tests {
         let mut answer = String::new();
         stream.read_to_string(&mut answer).await.unwrap();
         answer
+    }
+
+    fn resident_kib() -> u64 {
+        let status = std::fs::read_to_string("/proc/self/status").unwrap();
+        let line = status
+            .lines()
+            .find(|line| line.starts_with("VmRSS:"))
+            .unwrap();
+        line.split_whitespace().nth(1).unwrap().parse().unwrap()
+    }
+
+    #[tokio::test]
+    async fn what_nobody_scrapes_does_not_pile_up() {
+        let every = Duration::from_millis(1);
+        let metrics = Metrics::folded(every).unwrap();
+        let writes = metrics.volume("db", "data").writes;
+        let before = resident_kib();
+        for _ in 0..12 {
+            for _ in 0..1_000_000 {
+                writes.seconds.record(0.000_3);
+            }
+            tokio::time::sleep(2 * every).await;
+        }
+        // All of them are 190 MiB.
+        let grown = resident_kib().saturating_sub(before) >> 10;
+        assert!(grown < 100, "{grown} MiB");
+        let text = metrics.handle.render();
+        let count = "holdfast_request_seconds_count{service=\"db\",volume=\"data\",kind=\"write\"} 12000000";
+        assert!(text.contains(count), "{text}");
     }
 
     #[tokio::test]
