@@ -626,6 +626,10 @@ impl Core {
         if self.is_primary_like() {
             self.stop_being_primary(out);
         }
+        // This copy goes on as the source has it.
+        if !planted!("kept-beside-a-source") {
+            self.drop_kept(out);
+        }
         self.peers[at].relation = Relation::TargetPreparing;
         self.peers[at].full_copy = matches!(how, How::Full | How::FullByChecksum);
         if how == How::BitsAndUndo {

@@ -64,6 +64,20 @@ impl Core {
             since,
             primary_heard: false,
         });
+        if force && !planted!("force-by-old-facts") {
+            // D11: what a connected copy said when they met may be older than what it holds: as followers they agreed, and what its
+            // primary sent since has come to it alone. Told anew, it fills this copy instead.
+            for at in 0..self.peers.len() {
+                let peer = &self.peers[at];
+                if !peer.is_primary && matches!(peer.relation, Relation::Established) {
+                    self.meet_again(
+                        at,
+                        "a force is wanted: what each copy holds is told anew",
+                        out,
+                    );
+                }
+            }
+        }
         self.try_promotion(out);
     }
 
@@ -242,26 +256,38 @@ impl Core {
             }
             (_, allowed) => allowed,
         };
-        // D11: a mixture is rolled back for want of anything better, not beside it.
+        // D11: a force is for want of anything better, not beside it. A member of S holds every acknowledged write, and a whole
+        // copy more than a mixture, a point of the past or a new disk.
         let better = self.peers.iter().find(|p| {
-            p.session.is_some()
-                && matches!(
-                    p.their_state,
-                    Some(CopyState::UpToDate | CopyState::Complete)
-                )
+            let whole = matches!(
+                p.their_state,
+                Some(CopyState::UpToDate | CopyState::Complete)
+            );
+            let this_whole = matches!(self.sb.state, CopyState::UpToDate | CopyState::Complete);
+            // What it said when they met may be older than its membership.
+            let unfit = matches!(
+                p.their_state,
+                Some(CopyState::Failed | CopyState::Inconsistent | CopyState::Outdated)
+            );
+            let has_all = !in_s
+                && !unfit
+                && self.sb.in_sync.contains(p.slot)
+                && matches!(p.relation, Relation::Established);
+            p.session.is_some() && (has_all || whole && !this_whole)
         });
         match (allowed, better) {
             (Err(refusal), _) => refuse(self, refusal, out),
-            (Ok(promotion), Some(better))
-                if promotion.kind == PromotionKind::ForcedAfterRollback =>
-            {
+            (Ok(promotion), Some(better)) if promotion.is_forced() => {
                 let slot = better.slot.0;
                 let text = refusal(
                     format!(
-                        "copy {slot} is connected and whole, and this copy would return to a point before it"
+                        "copy {slot} is connected and holds what this copy may lack: {}",
+                        promotion.may_lose
                     ),
                     "Nothing was changed",
-                    format!("Promote copy {slot}; it fills this one"),
+                    format!(
+                        "Promote copy {slot}; it fills this one, and the service can be moved here without loss after that"
+                    ),
                 );
                 refuse(self, text, out);
             }

@@ -431,3 +431,60 @@ fn an_acknowledgement_ends_with_its_session() {
         }
     }
 }
+
+/// D11: a force is for want of anything better, not beside it. The asynchronous copy lacks what the member of S that is
+/// connected holds, and the two last met when neither had anything.
+#[test]
+fn a_force_beside_a_connected_copy_that_holds_more_is_refused_and_names_it() {
+    let mut refused = 0;
+    for seed in 0..30 {
+        let mut w = copies(seed, &FOLLOWED);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 2);
+        // Copies 0 and 1 alone have it.
+        written(&mut w, 0, 1, 2);
+        w.crash(0, seed % 2 == 0);
+        w.steps(2000);
+        match w.promote(2, true) {
+            Err(refusal) => {
+                refused += 1;
+                assert!(
+                    refusal.next.contains("romote copy 1"),
+                    "seed {seed}: {refusal}"
+                );
+            }
+            Ok(text) => assert!(holds(&w, 2, 1, 2), "seed {seed}: {text}"),
+        }
+        // The better one is promoted, and fills the other.
+        ok(w.promote(1, true));
+        assert!(holds(&w, 1, 1, 2), "seed {seed}");
+        w.until("copy 2 has it, too", 100_000, |w| holds(w, 2, 1, 2));
+    }
+    assert!(refused > 10, "refused {refused} times");
+}
+
+/// D11: what an asynchronous copy received from its lost primary and keeps for a person who forces it does not keep it from being
+/// filled by a copy that holds more, nor that one from being promoted.
+#[test]
+fn what_is_kept_for_a_force_is_given_up_when_another_copy_fills_it() {
+    let mut reached = 0;
+    for seed in 0..30 {
+        let mut w = copies(seed, &FOLLOWED);
+        ok(w.promote(0, false));
+        for block in 0..8 {
+            written(&mut w, 0, block, 1);
+        }
+        w.crash(0, seed % 2 == 0);
+        w.steps(2000);
+        w.drop_link(1, 2, "a blip");
+        w.until("they meet", 40_000, |w| w.settled(&[1, 2]));
+        let filled = w.nodes[2].notices.iter().any(|n| n.kind == "resync-target");
+        reached += usize::from(filled);
+        ok(w.promote(1, false));
+        w.until("copy 2 has everything", 100_000, |w| {
+            (0..8).all(|block| holds(w, 2, block, 1))
+        });
+    }
+    assert!(reached > 10, "reached {reached} times");
+}
