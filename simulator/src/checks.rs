@@ -50,9 +50,12 @@ impl World {
         }
         self.coverage.count("checks", "D7");
         for volume in 0..self.plan.volumes.len() {
+            // What one has more than the other is zero on both if they agreed, and unknown if they did not.
+            let (n, m) = (self.nodes[a].sizes[volume], self.nodes[b].sizes[volume]);
+            let end = if established { n.max(m) } else { n.min(m) } as usize;
             let (x, y) = (
-                self.nodes[a].disk.view(volume),
-                self.nodes[b].disk.view(volume),
+                &self.nodes[a].disk.view(volume)[..end],
+                &self.nodes[b].disk.view(volume)[..end],
             );
             if x == y {
                 continue;
@@ -138,8 +141,9 @@ impl World {
             }
             let fua = self.oracle.is_fua(write) || diskless;
             // In semi-sync mode the peer may have it in memory alone.
-            let in_memory = node != primary && !self.waits_for_disk(node) && !diskless;
-            if in_memory || !self.disk_counts(node, self.oracle.invoked(write)) {
+            let invoked = self.oracle.invoked(write);
+            let in_memory = node != primary && !self.waits_for_disk(node, invoked) && !diskless;
+            if in_memory || !self.disk_counts(node, invoked) {
                 continue;
             }
             self.coverage.count("checks", "D1");
@@ -154,8 +158,12 @@ impl World {
         self.generation_known(primary);
     }
 
-    fn waits_for_disk(&self, node: usize) -> bool {
+    /// Whether what was asked for at that moment is acknowledged when this copy's disk has it.
+    pub(crate) fn waits_for_disk(&self, node: usize, asked: u64) -> bool {
+        let n = &self.nodes[node];
         self.plan.modes[node] == holdfast_wire_format::metadata::Mode::Sync
+            && !n.mode_changes
+            && asked >= n.mode_since
     }
 
     /// D2: a flush was answered. Everything acknowledged before it was asked for, on any volume, is durable on every
@@ -169,12 +177,15 @@ impl World {
             if !set.contains(Slot(node as u8)) || (diskless && node == primary) {
                 continue;
             }
-            if node != primary && !self.waits_for_disk(node) && !diskless {
+            if node != primary && !self.waits_for_disk(node, u64::MAX) && !diskless {
                 continue;
             }
             self.coverage.count("checks", "D2");
             for write in self.oracle.recent(primary, invoked) {
-                if !self.disk_counts(node, self.oracle.invoked(write)) {
+                let asked = self.oracle.invoked(write);
+                if !self.disk_counts(node, asked)
+                    || (node != primary && !diskless && !self.waits_for_disk(node, asked))
+                {
                     continue;
                 }
                 let disk = &self.nodes[node].disk;
@@ -190,12 +201,13 @@ impl World {
 
     /// A copy joined S: it holds every write that was acknowledged, and what was flushed durably (D1, D2).
     pub(crate) fn joined_s(&mut self, primary: usize, node: usize) {
-        if self.nodes[primary].role != Role::Primary || !self.waits_for_disk(node) {
+        if self.nodes[primary].role != Role::Primary || !self.waits_for_disk(node, u64::MAX) {
             return;
         }
         self.coverage.count("checks", "joins S");
         for write in self.oracle.recent(primary, u64::MAX) {
-            if !self.disk_counts(node, self.oracle.invoked(write)) {
+            let asked = self.oracle.invoked(write);
+            if !self.disk_counts(node, asked) || !self.waits_for_disk(node, asked) {
                 continue;
             }
             let durable = self.oracle.is_flushed(write);
@@ -262,7 +274,7 @@ impl World {
         };
         let now = self.now;
         for volume in 0..self.plan.volumes.len() {
-            let view = self.nodes[primary].disk.view(volume).to_vec();
+            let view = self.nodes[primary].view(volume).to_vec();
             for node in 0..self.nodes.len() {
                 let other = self.nodes[node].disk.view(volume);
                 if let Some(at) = view.iter().zip(other).position(|(x, y)| x != y) {

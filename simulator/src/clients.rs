@@ -109,7 +109,7 @@ impl World {
 
     fn issue_request(&mut self, at: usize, node: usize, rng: &mut Rng) {
         let volume = rng.index(self.plan.volumes.len());
-        let size = self.plan.volumes[volume];
+        let size = self.nodes[node].sizes[volume];
         let most = [1, 2, 8, 8, 16, 128][rng.index(6)].min(size);
         let count = rng.between(1, most);
         let room = if rng.chance(900) {

@@ -13,6 +13,7 @@ pub struct Coverage {
     pub faults: u64,
     pub connections: u64,
     pub lost_sectors: u64,
+    pub power_cuts: u64,
     pub virtual_ns: u64,
     pub disk_ops: [u64; 5],
     pub frames: [u64; 128],
@@ -31,6 +32,7 @@ impl Default for Coverage {
             faults: 0,
             connections: 0,
             lost_sectors: 0,
+            power_cuts: 0,
             virtual_ns: 0,
             disk_ops: [0; 5],
             frames: [0; 128],
@@ -100,6 +102,14 @@ impl Coverage {
         self.requests + self.disk_ops.iter().sum::<u64>()
     }
 
+    /// How often a copy began to serve.
+    #[must_use]
+    pub fn promotions(&self) -> u64 {
+        self.counts
+            .get("promotions")
+            .map_or(0, |c| c.values().sum())
+    }
+
     /// Adds another run's counts.
     pub fn add(&mut self, other: &Coverage) {
         self.seeds += other.seeds;
@@ -108,6 +118,7 @@ impl Coverage {
         self.faults += other.faults;
         self.connections += other.connections;
         self.lost_sectors += other.lost_sectors;
+        self.power_cuts += other.power_cuts;
         self.virtual_ns += other.virtual_ns;
         let pairs = |a: &mut [u64], b: &[u64]| {
             for (a, b) in a.iter_mut().zip(b) {

@@ -171,6 +171,24 @@ impl Disk {
             .max_by_key(|(_, sb)| sb.sequence)
     }
 
+    /// A range reads like this from now on, whatever happens.
+    pub fn fill(&mut self, volume: usize, from: u64, to: u64, value: u64) {
+        let v = &mut self.volumes[volume];
+        v.cache[from as usize..to as usize].fill(value);
+        v.durable[from as usize..to as usize].fill(value);
+        v.volatile
+            .retain(|sector, _| *sector < from || *sector >= to);
+    }
+
+    /// The newest superblock of a volume that can be read.
+    #[must_use]
+    pub fn newest(&self, volume: u16) -> Option<Superblock> {
+        [0, 4096]
+            .into_iter()
+            .filter_map(|at| superblock::decode(&self.meta_block(volume, at)).ok())
+            .max_by_key(|sb| sb.sequence)
+    }
+
     /// Fills every sector with values that no write of the run has: an unknown disk.
     pub fn scribble(&mut self, value: u64) {
         for volume in &mut self.volumes {

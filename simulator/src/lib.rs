@@ -3,6 +3,7 @@
 //! Everything that can go wrong comes from the seed: the shape of the cluster, the order of events, faults and
 //! orders at the wrong moment.
 
+mod changes;
 mod checks;
 mod clients;
 mod coverage;

@@ -16,6 +16,7 @@ Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 i
 --seed S      replays one seed, makes its schedule smaller and prints the timeline
 --repeat      runs the seed twice and says where the two runs part, if they do
 --copies N    only seeds with so many copies, beside those of simulator/seeds.txt
+--changes     people grow volumes, change modes and take disks out of use as well, and senders say nonsense
 --register    the record of who may write is in a register of the cluster, as with an agent
 --skip        leaves these seeds out
 --first-failure  no more seeds once one fails
@@ -35,6 +36,7 @@ struct Arguments {
     without: Vec<String>,
     copies: Option<u64>,
     register: bool,
+    changes: bool,
 }
 
 fn arguments() -> Result<Arguments, String> {
@@ -52,6 +54,7 @@ fn arguments() -> Result<Arguments, String> {
         without: Vec::new(),
         copies: None,
         register: false,
+        changes: false,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -69,6 +72,7 @@ fn arguments() -> Result<Arguments, String> {
             "--copies" => a.copies = Some(number()?),
             "--json" => a.json = true,
             "--register" => a.register = true,
+            "--changes" => a.changes = true,
             "--no-shrink" => a.shrink = false,
             "--first-failure" => a.first_failure = true,
             "--repeat" => a.repeat = true,
@@ -95,6 +99,9 @@ fn plan_of(seed: u64, arguments: &Arguments) -> Plan {
     let without = &arguments.without;
     let mut plan = Plan::of(seed);
     plan.register = arguments.register;
+    if arguments.changes {
+        plan = plan.with_changes();
+    }
     plan.faults
         .retain(|f| !without.iter().any(|w| w == f.kind.name()));
     plan
@@ -243,6 +250,7 @@ fn many(arguments: &Arguments) -> ExitCode {
     let next = AtomicU64::new(0);
     let failed = AtomicBool::new(false);
     let sum = Mutex::new((Coverage::default(), Vec::<(u64, String)>::new()));
+    let each = Mutex::new(Vec::<[u64; 4]>::new());
     let started = Instant::now();
     std::thread::scope(|scope| {
         for _ in 0..arguments.threads {
@@ -263,6 +271,13 @@ fn many(arguments: &Arguments) -> ExitCode {
                         continue;
                     }
                     let outcome = run(&plan, Trace::Off);
+                    let c = &outcome.coverage;
+                    each.lock().unwrap_or_else(|e| e.into_inner()).push([
+                        c.io() + c.faults,
+                        c.faults,
+                        c.power_cuts,
+                        c.promotions(),
+                    ]);
                     let mut sum = sum.lock().unwrap_or_else(|e| e.into_inner());
                     sum.0.add(&outcome.coverage);
                     if let Some(failure) = outcome.failure {
@@ -280,10 +295,20 @@ fn many(arguments: &Arguments) -> ExitCode {
     let seconds = started.elapsed().as_secs_f64();
     let (coverage, mut failures) = sum.into_inner().unwrap_or_else(|e| e.into_inner());
     failures.sort();
+    let mut each = each.into_inner().unwrap_or_else(|e| e.into_inner());
+    let [events, faults, cuts, promotions] = [0, 1, 2, 3].map(|of| {
+        each.sort_unstable_by_key(|e| e[of]);
+        let at = |per_cent: usize| each.get(each.len() * per_cent / 100).map_or(0, |e| e[of]);
+        [at(0), at(10), at(50)]
+    });
     let hours = coverage.virtual_ns as f64 / 3.6e12;
     let rate = coverage.seeds as f64 / seconds;
     if !arguments.json {
         print!("{}", coverage.report());
+        println!(
+            "a seed, median: {} I/O and faults (least {}, a tenth below {}), {} faults, {} power cuts, {} promotions",
+            events[2], events[0], events[1], faults[2], cuts[2], promotions[2]
+        );
         println!(
             "{} seeds in {seconds:.1} s ({rate:.1} a second), {hours:.2} virtual hours, {:.0} I/O and {:.1} faults a seed, {} failures",
             coverage.seeds,
@@ -303,6 +328,13 @@ fn many(arguments: &Arguments) -> ExitCode {
         "io": coverage.io(),
         "requests": coverage.requests,
         "faults": coverage.faults,
+        "median": {
+            "events": events[2],
+            "faults": faults[2],
+            "power_cuts": cuts[2],
+            "promotions": promotions[2],
+        },
+        "least_events": events[0],
         "coverage": coverage.counts,
     });
     if arguments.json {

@@ -1,6 +1,6 @@
 //! Connections: ordered both ways, and broken at any moment with any end of what was on the way lost.
 
-use crate::plan::MS;
+use crate::plan::{MS, Nonsense};
 use crate::rng::Rng;
 use crate::world::{Backlog, Happening, SERVICE, Stamps, World};
 use holdfast_replicator_core::api::*;
@@ -50,6 +50,8 @@ struct Connection {
 
 /// All links.
 pub(crate) struct Network {
+    /// Some sender was made to be defective: a copy may refuse what it gets.
+    pub injected: bool,
     pairs: Vec<(usize, usize)>,
     current: Vec<Option<u64>>,
     connections: BTreeMap<u64, Connection>,
@@ -78,6 +80,7 @@ impl Network {
             connections: BTreeMap::new(),
             next: 1,
             cut: vec![vec![0; copies]; copies],
+            injected: false,
             late: Vec::new(),
             rng,
         }
@@ -269,6 +272,10 @@ impl World {
     /// its receiver accepted (C1).
     fn is_to_be_refused(&self, node: usize, from: usize, frame: &Frame) -> Option<&'static str> {
         let core = self.nodes[node].core.as_ref()?;
+        if self.nodes[node].held.is_some() {
+            // It has not seen the frame yet.
+            return None;
+        }
         let changes_data = matches!(
             frame.header.kind,
             FrameKind::Write
@@ -281,14 +288,15 @@ impl World {
             return None;
         }
         if frame.again {
-            return Some("D14, it came before");
+            return Some("D14, it came before, or means nothing");
         }
         let old = frame.header.epoch.number < core.probe().epoch.number;
         old.then_some("C1, it is of an epoch that was superseded")
     }
 
     /// A defective sender repeats one of its frames of data (D14).
-    pub(crate) fn replay(&mut self, from: usize, to: usize) {
+    /// With `nonsense`, it sends one that means nothing.
+    pub(crate) fn replay(&mut self, from: usize, to: usize, nonsense: Option<Nonsense>) {
         let pair = self.network.pair_of(from, to);
         let Some(id) = self.network.current[pair] else {
             return;
@@ -301,13 +309,32 @@ impl World {
         if c.broken || c.history[end].is_empty() {
             return;
         }
-        let mut frame = c.history[end][self.network.rng.index(c.history[end].len())].clone();
+        let mut frame = match (nonsense, c.history[end].back()) {
+            (Some(what), Some(newest)) => {
+                let mut frame = newest.clone();
+                let header = &mut frame.header;
+                header.position += 1;
+                match what {
+                    Nonsense::NoSuchVolume => header.volume.0 = 77,
+                    Nonsense::BehindTheEnd => header.offset += 1 << 40,
+                    Nonsense::NotWholeSectors => header.offset += 100,
+                    Nonsense::OtherGeneration => header.generation.0 ^= 1,
+                }
+                frame
+            }
+            _ => {
+                let any = self.network.rng.index(c.history[end].len());
+                c.history[end][any].clone()
+            }
+        };
         frame.again = true;
+        self.network.injected = true;
         let at = now.max(c.last_arrival[end]);
         c.last_arrival[end] = at;
         c.queue[end].push_back((at, frame));
-        self.coverage.count("faults", "frame repeated");
-        self.log(|| format!("link: {from} repeats a frame to {to}"));
+        let what = nonsense.map_or("frame repeated".to_owned(), |n| format!("frame: {n:?}"));
+        self.coverage.count("faults", &what);
+        self.log(|| format!("link: {from} to {to}: {what}"));
         self.at(
             at,
             Happening::Deliver {

@@ -158,7 +158,7 @@ impl World {
                     self.restart(node, down_ms * MS);
                 }
             }
-            FaultKind::Replay { from, to } => self.replay(from, to),
+            FaultKind::Replay { from, to } => self.replay(from, to, None),
             FaultKind::Misnamed { node, ms } => {
                 if self.nodes[node].core.is_some() {
                     self.kill(node);
@@ -167,7 +167,21 @@ impl World {
                     over(self, ms);
                 }
             }
+            FaultKind::Nonsense { from, to, what } => self.replay(from, to, Some(what)),
+            FaultKind::Grow { volume, sectors } => self.grow(volume, sectors),
+            FaultKind::SetMode { node, mode } => self.change_mode(node, mode),
+            FaultKind::DetachDisk { ms } => {
+                if let Some(node) = self.primary() {
+                    self.order(node, "detach-disk", Command::DetachDisk);
+                    over(self, ms);
+                }
+            }
         }
+    }
+
+    fn primary(&self) -> Option<usize> {
+        (0..self.nodes.len())
+            .find(|n| self.nodes[*n].role == Role::Primary && self.nodes[*n].core.is_some())
     }
 
     /// The image of a disk that was kept takes its place. Only where every other copy has seen a later start of that
@@ -199,7 +213,7 @@ impl World {
         let image = n.disk.superblock();
         n.may_be_blank = image.is_none_or(|(_, sb)| sb.state == CopyState::Blank);
         n.last_state = (255, 255);
-        self.oracle.given_up(self.now, node);
+        self.oracle.given_up(self.now, node, self.mixtures());
         self.coverage.count("faults", "old disk came back");
         self.restart(node, down_ms * MS);
     }
@@ -348,6 +362,11 @@ impl World {
                 self.nodes[node].fail_next = 0;
                 self.mend_disk(node);
             }
+            FaultKind::DetachDisk { .. } => {
+                for node in 0..self.nodes.len() {
+                    self.mend_disk(node);
+                }
+            }
             FaultKind::Disconnect { node, .. } => {
                 self.order(node, "connect", Command::Connect { peer: None });
             }
@@ -430,7 +449,7 @@ impl World {
         self.create_disk(node, false);
         self.nodes[node].may_be_blank = true;
         self.nodes[node].last_state = (255, 255);
-        self.oracle.given_up(self.now, node);
+        self.oracle.given_up(self.now, node, self.mixtures());
         self.coverage.count("faults", "disk replaced");
     }
 
@@ -470,6 +489,7 @@ impl World {
             self.operators.no_primary_since.get_or_insert(self.now);
         }
         self.see_equal();
+        self.mode_settles();
         if self.faults_over {
             return self.put_right();
         }
@@ -625,7 +645,12 @@ impl World {
                 self.restart(node, 10 * MS);
                 continue;
             }
-            if self.nodes[node].role == Role::Primary {
+            let smaller = self.nodes[node].sizes.iter().zip(&self.nodes[keep].sizes);
+            if smaller.into_iter().any(|(n, k)| n < k) && relation == "refused" {
+                // Its disk was made anew in the middle of a growth: the person makes it once more, as large as the others.
+                self.replace_disk(node);
+                self.restart(node, 10 * MS);
+            } else if self.nodes[node].role == Role::Primary {
                 self.order(node, "demote", Command::Demote);
             } else if self.is_unrelated(node, keep) || self.operators.visits[node] > 4 {
                 // Nothing in common, or nothing that time would bring together: one of them takes all of the other.
@@ -691,8 +716,8 @@ impl World {
             return;
         }
         for volume in 0..self.plan.volumes.len() {
-            let view = self.nodes[0].disk.view(volume);
-            if self.nodes.iter().any(|n| n.disk.view(volume) != view) {
+            let view = self.nodes[0].view(volume);
+            if self.nodes.iter().any(|n| n.view(volume) != view) {
                 return;
             }
         }
@@ -710,13 +735,13 @@ impl World {
             return;
         };
         let probe = core.probe();
-        let view = self.nodes[primary].disk.all();
+        let view = self.nodes[primary].all();
         let set = probe.in_sync.union(probe.required);
         self.oracle.joined(self.now, primary, set, view);
     }
 
     /// One primary, and every other copy stands established with it and is whole.
-    fn settled(&self) -> bool {
+    pub(crate) fn settled(&self) -> bool {
         let primaries = (0..self.nodes.len())
             .filter(|n| self.nodes[*n].role == Role::Primary)
             .count();
@@ -745,6 +770,15 @@ impl World {
         if matches!(what, "invalidate" | "resolve") && result.is_ok() {
             self.nodes[node].restored = false;
         }
+        if what == "grow"
+            && let Ok(text) = result
+            && text.contains("on every copy")
+        {
+            let volume = text.split(' ').nth(1).and_then(|v| v.parse().ok());
+            if let Some(volume) = volume {
+                self.grown(node, volume);
+            }
+        }
     }
 
     pub(crate) fn noticed(&mut self, node: usize, notice: &Notice) {
@@ -769,6 +803,16 @@ impl World {
         }
         if matches!(notice.kind, "resync-complete" | "link-down" | "attached") {
             self.nodes[node].look_now = true;
+        }
+        // (S may be told to a copy that turned to another primary at that moment: they meet again.)
+        if notice.kind == "bad-frame"
+            && !self.network.injected
+            && !notice.text.contains("S was told out of turn")
+        {
+            self.fail(format!(
+                "D14: node {node} refuses a good frame: {}",
+                notice.text
+            ));
         }
         if notice.kind == "rolled-back" {
             self.nodes[node].rolled_back = true;

@@ -756,14 +756,16 @@ impl Oracle {
 
     /// A person gave up what this copy holds: its disk was replaced, or it was told to take another's data. What no
     /// other copy has to have is gone, and nobody broke a promise.
-    pub fn given_up(&mut self, now: u64, node: usize) {
+    /// `mixtures`: copies in the middle of a resync, which hold no point in time without their source.
+    pub fn given_up(&mut self, now: u64, node: usize, mixtures: SlotSet) {
         self.destroyed = self.destroyed.with(Slot(node as u8));
         self.given_up_at[node] = Some(now);
         self.unclean(now);
         if self.tenures.is_empty() {
             return;
         }
-        if self.holders.iter().all(|s| self.destroyed.contains(s)) {
+        let gone = self.destroyed.union(mixtures);
+        if self.holders.iter().all(|s| gone.contains(s)) {
             self.forked = true;
         }
     }

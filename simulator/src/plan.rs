@@ -147,6 +147,35 @@ pub enum FaultKind {
         node: usize,
         ms: u64,
     },
+    /// A frame of data that means nothing, with good checksums (D14).
+    Nonsense {
+        from: usize,
+        to: usize,
+        what: Nonsense,
+    },
+    /// A person makes a volume larger, while it is in use.
+    Grow {
+        volume: usize,
+        sectors: u64,
+    },
+    /// A person has that copy written to in another mode.
+    SetMode {
+        node: usize,
+        mode: Mode,
+    },
+    /// A person takes the disk of the primary out of use, and puts it right after so many ms.
+    DetachDisk {
+        ms: u64,
+    },
+}
+
+/// What is wrong with a frame of data.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub enum Nonsense {
+    NoSuchVolume,
+    BehindTheEnd,
+    NotWholeSectors,
+    OtherGeneration,
 }
 
 /// What an ambush does.
@@ -267,7 +296,11 @@ impl FaultKind {
             | FaultKind::OldDisk { node, .. }
             | FaultKind::Rot { node, .. }
             | FaultKind::Misnamed { node, .. } => node < copies,
-            FaultKind::Replay { from, to } => from < copies && to < copies,
+            FaultKind::Replay { from, to } | FaultKind::Nonsense { from, to, .. } => {
+                from < copies && to < copies
+            }
+            FaultKind::SetMode { node, .. } => node < copies,
+            FaultKind::Grow { .. } | FaultKind::DetachDisk { .. } => true,
         }
     }
 
@@ -305,6 +338,10 @@ impl FaultKind {
             FaultKind::Rot { .. } => "rot",
             FaultKind::Replay { .. } => "replay",
             FaultKind::Misnamed { .. } => "misnamed",
+            FaultKind::Nonsense { .. } => "nonsense",
+            FaultKind::Grow { .. } => "grow",
+            FaultKind::SetMode { .. } => "set mode",
+            FaultKind::DetachDisk { .. } => "detach disk",
         }
     }
 }
@@ -325,8 +362,9 @@ pub struct Plan {
     pub register: bool,
     pub modes: Vec<Mode>,
     pub policy: OnPeerLoss,
-    /// Sectors of each volume.
+    /// Sectors of each volume's device, and of the volume at first.
     pub volumes: Vec<u64>,
+    pub begin: Vec<u64>,
     pub tuning: Tuning,
     pub clients: usize,
     /// Requests one client keeps in flight.
@@ -390,7 +428,7 @@ impl Plan {
         } else {
             OnPeerLoss::Suspend
         };
-        let volumes = (0..rng.between(1, 3))
+        let volumes: Vec<u64> = (0..rng.between(1, 3))
             .map(|_| rng.between(2, 16) * (256 << 10) / SECTOR)
             .collect();
         let tuning = Tuning {
@@ -409,6 +447,7 @@ impl Plan {
             register: false,
             modes,
             policy,
+            begin: volumes.clone(),
             volumes,
             tuning,
             clients: rng.between(1, 5) as usize,
@@ -471,6 +510,49 @@ impl Plan {
             at += rng.between(1, 2 * pause) * MS;
         }
         plan
+    }
+
+    /// The same run, in which people also change what the cluster is made of: they grow volumes, change modes, and take the disk
+    /// of a primary out of use; and senders say nonsense. All else is drawn as without.
+    #[must_use]
+    pub fn with_changes(mut self) -> Plan {
+        let mut rng = Rng::stream(self.seed, 7);
+        for size in &mut self.volumes {
+            *size += rng.between(1, 8) * (64 << 10) / SECTOR;
+        }
+        let pause = [300, 1000, 4000][rng.index(3)];
+        let mut at = rng.between(300, 2000) * MS;
+        while at < self.duration {
+            let node = rng.index(self.copies);
+            let kind = match rng.below(100) {
+                0..45 => FaultKind::Grow {
+                    volume: rng.index(self.volumes.len()),
+                    sectors: rng.between(1, 16) * 8,
+                },
+                45..70 => FaultKind::SetMode {
+                    node,
+                    // A third copy comes and goes as an asynchronous one; the first two stay in S.
+                    mode: [Mode::Sync, Mode::SemiSync, Mode::Async]
+                        [rng.index(if node == 2 { 3 } else { 2 })],
+                },
+                70..80 => FaultKind::DetachDisk {
+                    ms: rng.between(100, 4000),
+                },
+                _ => FaultKind::Nonsense {
+                    from: node,
+                    to: (node + 1 + rng.index(self.copies - 1)) % self.copies,
+                    what: [
+                        Nonsense::NoSuchVolume,
+                        Nonsense::BehindTheEnd,
+                        Nonsense::NotWholeSectors,
+                        Nonsense::OtherGeneration,
+                    ][rng.index(4)],
+                },
+            };
+            self.faults.push(Fault { at, kind });
+            at += rng.between(1, 2 * pause) * MS;
+        }
+        self
     }
 
     /// How writes go from one copy to another: asynchronously if either end is the asynchronous copy.

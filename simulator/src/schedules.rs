@@ -339,6 +339,7 @@ pub(crate) fn plan(shape: &Shape, bases: &[Base], schedule: &[Step], seed: u64) 
         policy: shape.policy,
         // Two volumes of two blocks.
         volumes: vec![16, 16],
+        begin: vec![16, 16],
         tuning: Tuning {
             log_extents: 0,
             ..Tuning::default()

@@ -83,6 +83,14 @@ pub(crate) enum Happening {
         session: SessionId,
         frame: Box<Frame>,
     },
+    /// The shell makes room for a larger volume once the disk is at rest; not after `until`.
+    Room {
+        node: usize,
+        life: u64,
+        volume: usize,
+        size: u64,
+        until: u64,
+    },
     /// An ambush of the plan strikes; with `later`, its second half.
     Strike {
         fault: usize,
@@ -138,6 +146,13 @@ pub(crate) struct Node {
     pub wants: Vec<bool>,
     pub tick_at: u64,
     pub batch_open: bool,
+    /// Sectors of its volumes.
+    pub sizes: Vec<u64>,
+    /// What came while its metadata is being moved.
+    pub held: Option<Vec<Event>>,
+    /// Not every copy may know yet how this one is written to, and since when all do.
+    pub mode_changes: bool,
+    pub mode_since: u64,
     /// What came while the process was stopped.
     pub frozen: Option<Vec<Event>>,
     pub down: bool,
@@ -211,6 +226,8 @@ pub struct World {
     /// Points that an ambush could wait for and that were reached since that moment: (node, place in `TRIGGERS`).
     pub(crate) points: BTreeSet<(usize, usize)>,
     pub(crate) points_from: u64,
+    /// Sectors of each volume that a person was told are there.
+    pub(crate) grown: Vec<u64>,
     /// Where the record is kept, if not by the copies themselves.
     pub(crate) register: Option<crate::register::Register>,
 }
@@ -240,6 +257,10 @@ impl World {
                 wants: vec![false; copies],
                 tick_at: u64::MAX,
                 batch_open: false,
+                sizes: plan.begin.clone(),
+                held: None,
+                mode_changes: false,
+                mode_since: 0,
                 frozen: None,
                 down: true,
                 rate_ppm: if plan.drift {
@@ -297,10 +318,18 @@ impl World {
             waiting: Vec::new(),
             points: BTreeSet::new(),
             points_from: u64::MAX,
+            grown: plan.begin.clone(),
             register: None,
             plan,
         };
         for node in 0..copies {
+            // Behind the end of a volume is whatever was there before.
+            for volume in 0..world.plan.volumes.len() {
+                let (from, to) = (world.plan.begin[volume], world.plan.volumes[volume]);
+                world.nodes[node]
+                    .disk
+                    .fill(volume, from, to, u64::MAX - node as u64);
+            }
             world.create_disk(node, true);
             let delay = world.rng.below(200 * MS);
             world.nodes[node].down = false;
@@ -442,7 +471,8 @@ impl World {
                 }
             }
             Happening::EndBatch { node, life } => {
-                if self.nodes[node].life == life && self.nodes[node].frozen.is_none() {
+                let n = &self.nodes[node];
+                if n.life == life && n.frozen.is_none() && n.held.is_none() {
                     self.end_batch(node);
                 }
             }
@@ -471,6 +501,17 @@ impl World {
                 ask,
                 lost,
             } => self.register_asked(node, life, ask, lost),
+            Happening::Room {
+                node,
+                life,
+                volume,
+                size,
+                until,
+            } => {
+                if self.nodes[node].life == life {
+                    self.make_room(node, volume, size, until);
+                }
+            }
             Happening::Strike { fault, later } => self.strike(fault, later),
         }
     }
@@ -508,8 +549,7 @@ impl World {
             in_sync,
             peers: self.peer_parameters(node),
             volumes: self
-                .plan
-                .volumes
+                .largest()
                 .iter()
                 .enumerate()
                 .map(|(i, sectors)| CreateVolume {
@@ -570,6 +610,7 @@ impl World {
         n.admin.clear();
         n.bufs.clear();
         n.frozen = None;
+        n.held = None;
         n.tick_at = u64::MAX;
         n.batch_open = false;
         n.suspended_by_operator = false;
@@ -621,6 +662,8 @@ impl World {
         match Core::attach(parameters, &mut &self.nodes[node].disk, now, &mut out) {
             Ok(core) => {
                 self.log(|| format!("node {node}: starts"));
+                let volumes = core.status(now).volumes;
+                self.nodes[node].sizes = volumes.iter().map(|v| v.size / SECTOR).collect();
                 self.nodes[node].core = Some(core);
                 self.actions(node, out);
                 self.after_core(node);
@@ -636,6 +679,7 @@ impl World {
         n.core = None;
         n.bufs.clear();
         n.frozen = None;
+        n.held = None;
         n.admin.clear();
         n.role = Role::Secondary;
         self.clients_lost(node);
@@ -646,6 +690,11 @@ impl World {
         let now = self.local(node);
         let n = &mut self.nodes[node];
         if let Some(backlog) = &mut n.frozen {
+            return backlog.push(event);
+        }
+        if let Some(backlog) = &mut n.held
+            && !matches!(event, Event::DiskDone { .. } | Event::MetaDone { .. })
+        {
             return backlog.push(event);
         }
         let Some(core) = &mut n.core else { return };
@@ -671,7 +720,7 @@ impl World {
         }
     }
 
-    fn end_batch(&mut self, node: usize) {
+    pub(crate) fn end_batch(&mut self, node: usize) {
         let now = self.local(node);
         let n = &mut self.nodes[node];
         n.batch_open = false;
@@ -727,7 +776,7 @@ impl World {
                 ));
             }
             if before != CopyState::Blank as u8 {
-                self.oracle.given_up(self.now, node);
+                self.oracle.given_up(self.now, node, self.mixtures());
             }
         } else if probe.state != CopyState::Blank
             && self.nodes[node].admin.is_empty()
@@ -975,9 +1024,10 @@ impl World {
             Action::Complete { request, status } => self.completed(node, request, status),
             Action::Granted { request } => self.granted(node, request),
             Action::RoleChanged { role, epoch } => self.role_changed(node, role, epoch),
-            Action::Resized { .. } => {}
-            // Its disks are as large as they are.
-            Action::MakeRoom { .. } => self.fail(format!("node {node} grows a volume unasked")),
+            Action::Resized { volume, size } => {
+                self.nodes[node].sizes[volume.0 as usize] = size / SECTOR;
+            }
+            Action::MakeRoom { volume, size } => self.room_wanted(node, volume.0 as usize, size),
             Action::AdminDone { admin, result } => {
                 let Some(what) = self.nodes[node].admin.remove(&admin.0) else {
                     return self.fail(format!("node {node} answers admin request {admin:?} twice"));
@@ -1040,7 +1090,7 @@ impl World {
             return;
         };
         let probe = core.probe();
-        let view = self.nodes[node].disk.all();
+        let view = self.nodes[node].all();
         // A copy may have been forced and have ended before it served: then it goes on from what it was forced to.
         let before = self.forced_seen.len();
         let durable = self.nodes[node].disk.superblock();
@@ -1051,6 +1101,8 @@ impl World {
         }
         let forced = probe.forced || self.nodes[node].restored || self.forced_seen.len() > before;
         let result = self.may_serve(node, probe.forced);
+        self.check(result);
+        let result = self.large_enough(node, forced);
         self.check(result);
         let result =
             self.oracle
@@ -1219,9 +1271,24 @@ impl World {
         self.disk_rng = rng;
         self.count_torn(torn);
         self.coverage.lost_sectors += lost;
+        self.coverage.power_cuts += 1;
         self.log(|| format!("node {node}: power is cut, {lost} sectors go back in time"));
-        self.oracle.lost_power(self.now, node);
+        self.loses_memory(node);
         self.end_process(node);
+    }
+
+    /// What this copy had not made durable is gone; and with it from every copy that it is to fill: it durably became a target, and
+    /// takes whatever this one still has.
+    fn loses_memory(&mut self, node: usize) {
+        self.oracle.lost_power(self.now, node);
+        for other in (0..self.nodes.len()).filter(|n| *n != node) {
+            let durable = self.nodes[other].disk.superblock();
+            if durable.is_some_and(|(_, sb)| {
+                sb.target_of != GenerationId(0) && usize::from(sb.target_source) == node
+            }) {
+                self.oracle.lost_power(self.now, other);
+            }
+        }
     }
 
     fn count_torn(&mut self, torn: u64) {
@@ -1302,9 +1369,9 @@ impl World {
 
     pub(crate) fn kill(&mut self, node: usize) {
         self.log(|| format!("node {node}: SIGKILL"));
-        if self.plan.modes[node] != holdfast_wire_format::metadata::Mode::Sync {
+        if !self.waits_for_disk(node, u64::MAX) {
             // What it had acknowledged from memory is gone.
-            self.oracle.lost_power(self.now, node);
+            self.loses_memory(node);
         } else {
             self.oracle.killed(self.now, node);
         }

@@ -261,7 +261,8 @@ impl Core {
         };
         let record = self.peers[at].record;
         self.peers[at].mode = mode;
-        self.sb.peers[record].mode = mode as u8;
+        // C2: what was acknowledged from memory until now may still be there alone.
+        self.sb.peers[record].mode = crate::attach::weaker(self.sb.peers[record].mode, mode);
         let text = format!("mode toward copy {} is {}", slot.0, words::mode(mode));
         if mode == Mode::Async && self.is_primary_like() && self.sb.in_sync.contains(slot) {
             // An asynchronous copy is never in S.

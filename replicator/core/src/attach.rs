@@ -397,7 +397,12 @@ impl Core {
                 };
             }
             sb.peers[record].slot = p.slot.0;
-            sb.peers[record].mode = p.mode as u8;
+            // C2: after an unclean stop it may have acknowledged from memory what is gone, whatever it is told now.
+            sb.peers[record].mode = if unclean {
+                weaker(sb.peers[record].mode, p.mode)
+            } else {
+                p.mode as u8
+            };
             let mut bitmaps = Vec::new();
             for volume in &volumes {
                 bitmaps.push(load_bitmap(
@@ -556,8 +561,34 @@ impl Core {
         if self.peers.is_empty() {
             return self.facts_about(None);
         }
-        self.facts(0)
+        let mut facts = self.facts(0);
+        if facts.mode == Mode::Sync && self.had_memory_counted() {
+            facts.mode = Mode::SemiSync;
+        }
+        facts
     }
+
+    /// Some other copy was, or is, told of what this one has in memory alone.
+    pub(crate) fn had_memory_counted(&self) -> bool {
+        let counted = |at: usize| self.weakest_mode(at) == Mode::SemiSync;
+        (0..self.peers.len()).any(counted)
+    }
+
+    /// How this pair replicates, or did since this copy last stopped in order or was filled: what it acknowledged from memory
+    /// then may be gone (C2).
+    pub(crate) fn weakest_mode(&self, at: usize) -> Mode {
+        let peer = &self.peers[at];
+        let recorded = self.sb.peers[peer.record].mode;
+        match peer.mode {
+            Mode::Sync if recorded != Mode::Sync as u8 => Mode::SemiSync,
+            mode => mode,
+        }
+    }
+}
+
+/// Of a mode on record and a new one, the one in which less is on the disk when it is acknowledged.
+pub(crate) fn weaker(recorded: u8, mode: Mode) -> u8 {
+    recorded.max(mode as u8)
 }
 
 fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: Time) -> Peer {
@@ -567,6 +598,7 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         record,
         mode: p.mode,
         their_mode: p.mode,
+        unaware: Vec::new(),
         wanted: true,
         session: None,
         relation: Relation::Down,

@@ -431,9 +431,8 @@ impl Core {
                 || (known.attach_counter == mine.attach_counter && !self.store.attach_tried)
         });
         // What it had acknowledged was in its memory alone. The owner's flushes were durable at the owner.
-        let forgot = self.unclean_start
-            && base.epoch.owner != self.slot.0
-            && self.peers.iter().any(|p| p.mode == Mode::SemiSync);
+        let forgot =
+            self.unclean_start && base.epoch.owner != self.slot.0 && self.had_memory_counted();
         let in_sync = if other || forgot {
             base.in_sync.without(self.slot)
         } else {

@@ -85,7 +85,17 @@ impl Core {
                 && peer.mode != Mode::Async
                 && self.sb.in_sync.contains(peer.slot)
                 && self.sb.in_sync_pending.contains(peer.slot)
+                && self.known_as_a_member(peer)
         })
+    }
+
+    /// C1: under `suspend`, a member of S that knows of no third one may be promoted once the owner of the epoch is away. So who serves
+    /// must be known to all of them.
+    fn known_as_a_member(&self, peer: &Peer) -> bool {
+        let members = self.sb.in_sync.union(self.sb.in_sync_pending);
+        self.sb.on_peer_loss != OnPeerLoss::Suspend
+            || self.store.is_cluster()
+            || !peer.unaware.iter().any(|(slot, _)| members.contains(*slot))
     }
 
     /// The own disk failed: tries to go on without it. False if no copy can serve.
@@ -403,6 +413,16 @@ impl Core {
         }
         self.peers[at].flushed = self.issued;
         let taken_over = self.diskless.as_ref().is_some_and(|d| d.taken_over);
+        if taken_over && self.sb.in_sync != SlotSet::only(slot) {
+            // The session ended before the record said that the server is alone in S (C1).
+            if let Some(diskless) = &mut self.diskless {
+                diskless.phase = Phase::Recording;
+            }
+            if let Some(session) = self.peers[at].session {
+                self.propose(Change::DiskLost { peer: at, session }, out);
+            }
+            return;
+        }
         if taken_over {
             // All that completed since was FUA: no restart of the server lost any of it.
             return self.diskless_resume(at, out);

@@ -35,7 +35,9 @@ pub(crate) struct Growth {
     volume: usize,
     size: u64,
     stage: Stage,
-    /// Copies that have not answered, with the session they were asked in.
+    /// All other copies, with the session they were asked in: one that goes away before it has the new size ends the growth.
+    members: Vec<(usize, SessionId)>,
+    /// Those that have not answered.
     waiting: Vec<(usize, SessionId)>,
     /// This copy has no room yet.
     own_room: bool,
@@ -60,6 +62,9 @@ pub(crate) struct Growing {
     making: Option<(usize, u64)>,
     /// A size on its way to the disk, and whether other copies know of it.
     storing: Vec<(usize, u64, bool)>,
+    /// A growth that this copy led was given up when others may have taken the new size: they meet again as soon as this copy's role
+    /// allows, and the smaller one follows.
+    unfinished: bool,
 }
 
 /// What two copies of different size do when they meet.
@@ -167,6 +172,7 @@ impl Core {
             volume: at,
             size,
             stage: Stage::Room,
+            members: waiting.clone(),
             waiting: waiting.clone(),
             own_room,
         });
@@ -294,7 +300,7 @@ impl Core {
             Stage::Own => return,
         };
         let waiting = match stage {
-            Stage::Others => self.everybody(),
+            Stage::Others => led.members.clone(),
             _ => Vec::new(),
         };
         if let Some(led) = &mut self.growing.led {
@@ -316,6 +322,7 @@ impl Core {
         let Some(led) = self.growing.led.take() else {
             return;
         };
+        self.growing.unfinished |= led.stage != Stage::Room;
         let kept = match led.stage {
             Stage::Room => "The volume has its old size on every copy".to_owned(),
             _ => format!(
@@ -335,6 +342,10 @@ impl Core {
 
     /// With each event: who is waited for may have gone, and this copy may not be primary any more.
     pub(crate) fn watch_growth(&mut self, out: &mut Actions) {
+        if self.growing.unfinished && matches!(self.role, Role::Primary | Role::Secondary) {
+            self.growing.unfinished = false;
+            self.sizes_meet_again("a growth was not finished", out);
+        }
         let Some(led) = &self.growing.led else { return };
         if self.failed {
             return self.growth_over("the disk of this copy failed", out);
@@ -342,13 +353,26 @@ impl Core {
         if self.role != Role::Primary {
             return self.growth_over("this copy is not primary any more", out);
         }
-        let gone = led
-            .waiting
+        // One that took the new size may go: it has it.
+        let needed = match led.stage {
+            Stage::Room => &led.members,
+            _ => &led.waiting,
+        };
+        let gone = needed
             .iter()
             .find(|(at, session)| !self.peers[*at].on(*session));
         if let Some((at, _)) = gone {
             let why = format!("the connection to copy {} was lost", self.peers[*at].slot.0);
             self.growth_over(&why, out);
+        }
+    }
+
+    /// Whoever this copy is connected to took it for one of another size.
+    fn sizes_meet_again(&mut self, why: &str, out: &mut Actions) {
+        for at in 0..self.peers.len() {
+            if !matches!(self.peers[at].relation, Relation::Greeting { .. }) {
+                self.meet_again(at, why, out);
+            }
         }
     }
 
@@ -419,7 +443,10 @@ impl Core {
             }
             GrowStep::Room | GrowStep::Grown | GrowStep::Refused => {
                 let slot = self.peers[at].slot.0;
+                // D7: it took a size that this copy gave up meanwhile. None of the two is to serve beside the other like that.
+                let smaller = self.volumes[volume].size < size;
                 let Some(led) = &mut self.growing.led else {
+                    self.growing.unfinished |= step == GrowStep::Grown && smaller;
                     return;
                 };
                 let stage = match led.stage {
@@ -527,11 +554,7 @@ impl Core {
         self.notice(Level::Info, "grown", None, text, out);
         if !known {
             // They took this copy for a smaller one; and what is written behind their end must not reach them before they grew.
-            for at in 0..self.peers.len() {
-                if !matches!(self.peers[at].relation, Relation::Greeting { .. }) {
-                    self.meet_again(at, "this copy's volume grew", out);
-                }
-            }
+            self.sizes_meet_again("this copy's volume grew", out);
         }
         let asked = std::mem::take(&mut self.growing.asked);
         for ask in asked {
@@ -542,6 +565,15 @@ impl Core {
             } else {
                 self.growing.asked.push(ask);
             }
+        }
+        // A larger size was asked for meanwhile.
+        let asked = self.growing.asked.iter();
+        let larger = asked.filter(|a| a.step == GrowStep::Grow && a.volume == volume);
+        let own = self.growing.led.as_ref();
+        let own = own.filter(|g| g.stage == Stage::Own && g.volume == volume);
+        let larger = larger.map(|a| a.size).chain(own.map(|g| g.size)).max();
+        if let Some(larger) = larger.filter(|larger| *larger > size) {
+            self.store_size(volume, larger, true, out);
         }
         let finished =
             |g: &mut Growth| g.stage == Stage::Own && (g.volume, g.size) == (volume, size);

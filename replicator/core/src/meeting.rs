@@ -133,7 +133,7 @@ impl Core {
             },
             is_primary: matches!(self.role, Role::Primary | Role::Demoting | Role::Promoting),
             unclean_start: self.unclean_start,
-            mode: peer.map_or(self.sb.mode, |p| p.mode),
+            mode: at.map_or(self.sb.mode, |at| self.weakest_mode(at)),
             on_peer_loss: self.sb.on_peer_loss,
             generations: self.sb.generations.clone(),
             generations_cut: self.sb.generations_cut,
@@ -523,6 +523,10 @@ impl Core {
         );
         if follows_third {
             return;
+        }
+        if !marked {
+            // A flush alone leaves no mark; what was not flushed there would have.
+            self.bits_were_copied(slot);
         }
         if self.leads(at) {
             let known = (self.sb.in_sync, self.sb.in_sync_version);

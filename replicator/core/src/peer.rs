@@ -243,6 +243,8 @@ pub(crate) struct Peer {
     pub record: usize,
     /// The mode of replication toward it while we are primary.
     pub mode: Mode,
+    /// Members of S that may not have heard that this copy joined it, and up to which position that says nothing.
+    pub unaware: Vec<(Slot, Position)>,
     /// The mode it uses toward us, as it said.
     pub their_mode: Mode,
     pub wanted: bool,
@@ -326,6 +328,16 @@ impl Peer {
     }
     pub fn dirty_bytes(&self) -> u64 {
         self.bitmaps.iter().map(DirtyBitmap::bytes).sum()
+    }
+    /// It acknowledged a write: what it was told before, it knows.
+    pub fn knows_since(&mut self, other: Slot, position: Position) {
+        self.unaware
+            .retain(|(slot, told)| *slot != other || position <= *told);
+    }
+    /// What came from it is acknowledged from memory, before it is on the disk: only if both sides were told so. Whoever does it
+    /// must know, after an unclean stop, that it did (C2).
+    pub fn memory_counts(&self) -> bool {
+        self.mode == Mode::SemiSync && self.their_mode == Mode::SemiSync
     }
     pub fn on(&self, session: SessionId) -> bool {
         self.session == Some(session)

@@ -84,6 +84,12 @@ impl Core {
                 self.receive_flush(at, header, out);
             }
             (FrameKind::WriteAck, Body::Acks { runs }) => {
+                if let Some((_, last)) = runs.last().copied() {
+                    let from = self.peers[at].slot;
+                    for peer in &mut self.peers {
+                        peer.knows_since(from, last);
+                    }
+                }
                 for (first, last) in runs {
                     self.acknowledged(at, first, last, Leg::Acked, out);
                 }
@@ -296,8 +302,12 @@ impl Core {
         if header.epoch != self.sb.epoch_gate && !planted!("old-epoch") {
             return self.bad_frame(at, "a write of an epoch that was not announced", out);
         }
-        let target = matches!(peer.relation, Relation::Target);
-        if !target && header.generation != self.generation() {
+        // A target's is the one that it recorded before it said Ready, or was told since; once it is Complete, its own.
+        let announced = match peer.relation {
+            Relation::Target if self.sb.target_of != GenerationId(0) => self.sb.target_of,
+            _ => self.generation(),
+        };
+        if header.generation != announced {
             return self.bad_frame(at, "a write of a generation that was not announced", out);
         }
         if header.position <= peer.inbox.last_position && !planted!("replayed-frame-applied") {
@@ -309,8 +319,7 @@ impl Core {
         let async_copy = peer.their_mode == Mode::Async;
         let peer = &mut self.peers[at];
         peer.inbox.last_position = header.position;
-        peer.inbox.received_ack =
-            peer.their_mode == Mode::SemiSync || planted!("received-is-acknowledged");
+        peer.inbox.received_ack = peer.memory_counts() || planted!("received-is-acknowledged");
         if peer.inbox.queued_bytes + u64::from(header.length) > self.tuning.receive_bytes
             && async_copy
         {
@@ -393,7 +402,7 @@ impl Core {
                 return;
             }
             peer.inbox.last_position = header.position;
-            peer.inbox.received_ack |= peer.their_mode == Mode::SemiSync;
+            peer.inbox.received_ack |= peer.memory_counts();
         }
         let peer = &mut self.peers[at];
         peer.inbox.queue.push_back(Received::Flush {

@@ -469,6 +469,10 @@ impl Core {
         self.was_primary_before = false;
         self.sb.flags.was_primary = false;
         self.unclean_start = false;
+        // What it had in memory alone in another mode counts no more.
+        for peer in &self.peers {
+            self.sb.peers[peer.record].mode = peer.mode as u8;
+        }
         self.commit(Then::CompleteStored { peer: at, session }, out);
     }
 
@@ -653,17 +657,9 @@ impl Core {
         self.commit(Then::Joined { peer: at, session }, out);
     }
 
-    pub(crate) fn joined(&mut self, at: usize, session: SessionId, out: &mut Actions) {
-        let slot = self.peers[at].slot;
-        self.sb.in_sync_pending = self.with_joining(self.sb.in_sync);
-        self.sb.flags.solo = false;
-        if !self.peers[at].on(session)
-            || !matches!(self.peers[at].relation, Relation::Joining { .. })
-        {
-            return;
-        }
-        self.peers[at].relation = Relation::Established;
-        // What had bits toward it was copied before it completed.
+    /// That copy holds everything that was marked toward it, durably: what was in flight when its session ended has nothing to wait for
+    /// there any more.
+    pub(crate) fn bits_were_copied(&mut self, slot: Slot) {
         let keys: Vec<u32> = self
             .window
             .iter()
@@ -677,6 +673,22 @@ impl Core {
                 op.legs[slot.0 as usize] = Leg::Acked;
             }
         }
+    }
+
+    pub(crate) fn joined(&mut self, at: usize, session: SessionId, out: &mut Actions) {
+        let slot = self.peers[at].slot;
+        self.sb.in_sync_pending = self.with_joining(self.sb.in_sync);
+        self.sb.flags.solo = false;
+        if !self.peers[at].on(session)
+            || !matches!(self.peers[at].relation, Relation::Joining { .. })
+        {
+            return;
+        }
+        self.peers[at].relation = Relation::Established;
+        let others = self.sb.in_sync.without(slot).without(self.slot);
+        self.peers[at].unaware = others.iter().map(|other| (other, self.issued)).collect();
+        // What had bits toward it was copied before it completed.
+        self.bits_were_copied(slot);
         if self.role == Role::Primary {
             self.peers[at].their_state = Some(CopyState::UpToDate);
             self.announce_in_sync(out);

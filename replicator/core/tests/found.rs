@@ -443,9 +443,15 @@ fn a_primary_that_fills_another_primary_does_not_take_it_for_its_own() {
     }
 }
 
-/// D14: resync data of a generation that was never announced (its sender is defective) ends the session, and changes nothing.
+/// D14: resync data, or a write mirrored to a target, of a generation that was never announced (its sender is defective) ends the
+/// session, and changes nothing.
 #[test]
-fn resync_data_of_another_generation_is_refused() {
+fn data_of_another_generation_is_refused_by_a_target() {
+    of_another_generation(FrameKind::ResyncData);
+    of_another_generation(FrameKind::Write);
+}
+
+fn of_another_generation(kind: FrameKind) {
     let mut reached = 0;
     for seed in 0..20 {
         let mut w = pair(seed);
@@ -455,13 +461,19 @@ fn resync_data_of_another_generation_is_refused() {
             write(&mut w, 0, at, 3);
         }
         w.start(1);
+        w.until("it is a target", 20_000, |w| {
+            w.nodes[1].notices.iter().any(|n| n.kind == "resync-target")
+        });
         let mut changed = false;
-        for _ in 0..20_000 {
+        for round in 0..20_000 {
+            if round % 16 == 0 && round < 800 {
+                write(&mut w, 0, 17 + round / 16, 4);
+            }
             let wire = w.wires.get_mut(&(0, 1)).and_then(|wire| wire.front_mut());
             if let Some((header, body)) = wire
                 && let bytes = header.as_slice().try_into().expect("a header")
                 && let Ok(mut decoded) = decode_header(bytes)
-                && decoded.kind == FrameKind::ResyncData
+                && decoded.kind == kind
                 && !changed
             {
                 changed = true;
@@ -470,7 +482,8 @@ fn resync_data_of_another_generation_is_refused() {
                 body.fill(0xee);
             }
             w.step();
-            assert!(!holds(&w, 1, 0, 0xee), "seed {seed}: it was written");
+            let data = &w.nodes[1].disk.data[0];
+            assert!(!data.contains(&0xee), "seed {seed}: it was written");
             if w.settled(&[0, 1]) && w.up_to_date(1) {
                 break;
             }
@@ -480,10 +493,38 @@ fn resync_data_of_another_generation_is_refused() {
             reached += 1;
             assert!(w.nodes[1].notices.iter().any(refused), "seed {seed}");
             w.until("whole all the same", 100_000, |w| {
-                w.settled(&[0, 1]) && w.up_to_date(1)
+                w.settled(&[0, 1])
+                    && w.up_to_date(1)
+                    && w.nodes[0].disk.data == w.nodes[1].disk.data
             });
-            same(&w, 0, 1);
         }
     }
     assert!(reached > 10, "reached {reached} times");
+}
+
+/// D1: a flush is on its way when the link breaks, and nothing else: the copies meet, nothing is to be copied, and the flush is answered.
+#[test]
+fn a_flush_whose_session_ended_is_answered_though_nothing_is_copied() {
+    let mut met = 0;
+    for seed in 0..200 {
+        let mut w = pair(seed);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        for _ in 0..2 {
+            let flush = w.flush(0);
+            w.until("the flush", 20_000, |w| w.status_of(0, flush).is_some());
+        }
+        w.steps(200);
+        let flush = w.flush(0);
+        let some = w.rng.below(6) as usize;
+        w.steps(some);
+        let before = w.nodes[0].notices.len();
+        w.drop_link(0, 1, "a blip");
+        w.until("the flush is answered", 20_000, |w| {
+            w.status_of(0, flush) == Some(Status::Ok)
+        });
+        let nothing = |n: &Notice| n.kind == "handshake" && n.text.contains("Row 9");
+        met += u32::from(w.nodes[0].notices[before..].iter().any(nothing));
+    }
+    assert!(met > 2, "{met}");
 }

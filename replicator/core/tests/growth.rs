@@ -5,6 +5,7 @@ mod world;
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
+use world::story::on_disk;
 use world::*;
 
 const OLD: u64 = 1 << 20;
@@ -243,4 +244,163 @@ fn a_crash_at_any_moment_leaves_copies_that_meet_and_finish_the_growth() {
         old > 20 && new > 20 && mixed > 5,
         "{old} old, {new} new, {mixed} mixed"
     );
+}
+
+/// Everything happens but the writes of that copy's metadata.
+fn without_metadata(w: &mut World, n: usize, limit: usize, mut done: impl FnMut(&World) -> bool) {
+    let metadata = |a: &Action| matches!(a, Action::MetaWrite { .. });
+    for _ in 0..limit {
+        if done(w) {
+            return;
+        }
+        let held: Vec<Action>;
+        (held, w.nodes[n].pending) = std::mem::take(&mut w.nodes[n].pending)
+            .into_iter()
+            .partition(metadata);
+        w.step();
+        w.nodes[n].pending.extend(held);
+    }
+    panic!("never came");
+}
+
+/// A copy is still writing down one size when its primary, which gave that growth up, is told to grow further, and there is room
+/// since an earlier try: the command is answered, and done when it is given again.
+#[test]
+fn a_larger_size_is_asked_for_while_a_smaller_one_is_written_down() {
+    let mut met = 0;
+    for seed in 0..60 {
+        let mut w = copies(
+            seed,
+            &[Mode::Sync, Mode::Sync, Mode::Async],
+            OnPeerLoss::Suspend,
+        );
+        ok(w.promote(0, false));
+        // The third has no room: the second keeps what it made.
+        w.nodes[2].no_room = true;
+        w.command(0, grow(1)).unwrap_err();
+        w.nodes[2].no_room = false;
+        w.steps(400);
+        let smaller = Command::Grow {
+            volume: VolumeIndex(1),
+            size: OLD + (OLD / 2),
+        };
+        let first = w.admin(0, smaller);
+        w.until("it writes it down", 4000, |w| writes_size(w, 1));
+        if writes_size(&w, 2) || size(&w, 2, 1) > OLD {
+            continue;
+        }
+        met += 1;
+        w.drop_link(0, 2, "a blip");
+        without_metadata(&mut w, 1, 4000, |w| {
+            w.nodes[0].admin.contains_key(&first) && w.settled(&[0, 2])
+        });
+        w.nodes[0].admin[&first].clone().unwrap_err();
+        let second = w.admin(0, grow(1));
+        let mut left = 300;
+        without_metadata(&mut w, 1, 400, |_| {
+            left -= 1;
+            left == 0
+        });
+        w.until("the growth is answered", 40_000, |w| {
+            w.nodes[0].admin.contains_key(&second)
+        });
+        // (It meets the primary anew before it is asked again.)
+        w.until("they agree", 40_000, |w| w.settled(&[0, 1, 2]));
+        ok(w.command(0, grow(1)));
+        for n in 0..3 {
+            assert_eq!(size(&w, n, 1), NEW, "seed {seed}");
+        }
+    }
+    assert!(met > 5, "{met}");
+}
+
+/// The superblock of the second volume is on its way to that copy's disk.
+fn writes_size(w: &World, n: usize) -> bool {
+    let of_it = |a: &Action| matches!(a, Action::MetaWrite { place, .. } if place.volume.0 == 1 && place.offset <= 4096);
+    w.nodes[n].pending.iter().any(of_it)
+}
+
+/// The primary is demoted in the middle of a growth, when the other copy is about to take the new size: the copies meet again by
+/// themselves and end with one size, whoever serves next (D7: nobody writes behind the end of another).
+#[test]
+fn a_growth_that_its_primary_gives_up_is_finished_by_those_who_heard_of_it() {
+    let mut finished = 0;
+    for seed in 0..60 {
+        let mut w = copies(
+            seed,
+            &[Mode::Sync, Mode::Sync, Mode::Async],
+            OnPeerLoss::Suspend,
+        );
+        ok(w.promote(0, false));
+        let volume = if seed < 30 { seed % 2 } else { 1 } as u16;
+        let admin = w.admin(0, grow(volume));
+        if seed < 30 {
+            let some = w.rng.below(60) as usize;
+            w.steps(some);
+        } else {
+            // The other one has just begun to write it down.
+            w.until("it writes it down", 4000, |w| writes_size(w, 1));
+        }
+        if seed % 3 == 0 {
+            // Only the growth ends: one copy goes away for a moment.
+            w.drop_link(0, 2, "a blip");
+        } else {
+            ok(w.command(0, Command::Demote));
+            let next = if seed % 3 == 1 { 1 } else { 0 };
+            w.until("it may be promoted", 40_000, |w| w.settled(&[0, 1, 2]));
+            ok(w.promote(next, false));
+        }
+        w.until("the growth is answered", 40_000, |w| {
+            w.nodes[0].admin.contains_key(&admin)
+        });
+        w.steps(2000);
+        w.until("they agree", 40_000, |w| w.settled(&[0, 1, 2]));
+        let sizes = [0, 1, 2].map(|n| size(&w, n, volume));
+        assert!(
+            sizes.iter().all(|s| *s == sizes[0]),
+            "seed {seed}: {sizes:?}"
+        );
+        finished += u32::from(sizes[0] == NEW);
+        let primary = if seed % 3 == 1 { 1 } else { 0 };
+        written(&mut w, primary, volume, sizes[0] / BLOCK - 1, 4);
+        let bad = |n: &Node| n.notices.iter().any(|n| n.kind == "bad-frame");
+        assert!(!w.nodes.iter().any(bad), "seed {seed}");
+    }
+    assert!(finished > 10, "{finished}");
+}
+
+/// A copy that had made room is gone before the others take the size: nobody is told that every copy has it.
+#[test]
+fn a_growth_is_done_only_where_every_copy_has_the_size() {
+    let (mut done, mut refused) = (0, 0);
+    for seed in 0..150 {
+        let mut w = copies(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend);
+        ok(w.promote(0, false));
+        let admin = w.admin(0, grow(0));
+        let steps = w.rng.below(60) as usize;
+        if seed < 100 {
+            w.steps(steps);
+        } else {
+            // The first is slow with its room, and the last has long made it.
+            for _ in 0..steps + 100 {
+                let room = |a: &Action| matches!(a, Action::MakeRoom { .. });
+                let held = w.nodes[1].pending.iter().position(room);
+                let held = held.map(|at| w.nodes[1].pending.remove(at));
+                w.step();
+                w.nodes[1].pending.extend(held);
+            }
+        }
+        w.crash(2, false);
+        w.until("the growth is answered", 40_000, |w| {
+            w.nodes[0].admin.contains_key(&admin)
+        });
+        match &w.nodes[0].admin[&admin] {
+            Ok(text) => {
+                done += 1;
+                assert_eq!(on_disk(&w, 2).data_size, NEW, "seed {seed}: {text}");
+            }
+            Err(_) => refused += 1,
+        }
+    }
+    assert!(done > 10 && refused > 10, "{done} done, {refused} refused");
 }

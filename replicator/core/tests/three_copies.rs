@@ -488,3 +488,55 @@ fn what_is_kept_for_a_force_is_given_up_when_another_copy_fills_it() {
     }
     assert!(reached > 10, "reached {reached} times");
 }
+
+/// C1, D13: a copy joined S while another member was away, and then the primary's disk failed. If it went on through the new member,
+/// the one that is away, which knows of no third copy, could be promoted without what completed there.
+#[test]
+fn a_server_that_a_member_never_heard_of_does_not_go_on_without_it() {
+    let (mut promoted, mut aware) = (0, 0);
+    for seed in 0..40 {
+        let mut w = copies(seed, &[Mode::Sync; 3]);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        // Copy 1 is filled anew, so it is not in S for a while; when it joins, copy 2 is away, or connected again.
+        w.crash(1, true);
+        let mut requests: Vec<_> = (4..40).map(|block| write(&mut w, 0, block, 3)).collect();
+        w.start(1);
+        let heard = |w: &World| !on_disk(w, 2).in_sync.contains(Slot(1));
+        w.until("copy 2 hears that copy 1 left S", 100_000, |w| {
+            heard(w) || (w.settled(&[0, 1, 2]) && w.up_to_date(1))
+        });
+        if !heard(&w) {
+            continue;
+        }
+        cut(&mut w, 0, 2);
+        cut(&mut w, 1, 2);
+        w.until("copy 1 joins", 100_000, |w| w.up_to_date(1));
+        if seed % 2 == 0 {
+            w.cut.clear();
+            w.until("all agree", 100_000, |w| w.settled(&[0, 1, 2]));
+            written(&mut w, 0, 1, 2);
+            cut(&mut w, 0, 2);
+            cut(&mut w, 1, 2);
+        }
+        w.nodes[0].broken = true;
+        requests.push(write(&mut w, 0, 2, 9));
+        let first_flush = w.flush(0);
+        w.until("the flush is answered", 100_000, |w| {
+            w.status_of(0, first_flush).is_some()
+        });
+        let done = w.status_of(0, requests[requests.len() - 1]) == Some(Status::Ok);
+        aware += u32::from(done);
+        w.crash(0, false);
+        w.crash(1, false);
+        w.steps(100);
+        if w.promote(2, false).is_ok() {
+            promoted += 1;
+            assert!(!done || holds(&w, 2, 2, 9), "seed {seed}");
+        }
+    }
+    assert!(
+        promoted > 10 && aware > 10,
+        "{promoted} promoted, {aware} went on"
+    );
+}

@@ -923,6 +923,11 @@ impl World {
         self.finish_disk(n, 0);
     }
 
+    /// That request of that node's disk ends.
+    pub fn finish(&mut self, n: usize, at: usize) {
+        self.finish_disk(n, at);
+    }
+
     /// One random thing happens; false if nothing was left to do but wait.
     pub fn step(&mut self) -> bool {
         if self.connect_wanted() {

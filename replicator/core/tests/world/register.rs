@@ -13,6 +13,8 @@ pub struct Register {
     pub lost: u64,
     /// Nodes that can't reach it.
     pub cut: Vec<usize>,
+    /// It can be read, and nothing is changed.
+    pub read_only: bool,
     /// Every record that was ever committed.
     pub history: Vec<StoreRecord>,
 }
@@ -83,7 +85,7 @@ impl World {
                 expected,
                 record,
             } => {
-                let outcome = if cut {
+                let outcome = if cut || register.read_only {
                     SwapOutcome::Unknown
                 } else if lost {
                     // Applied, applied later, or never: nobody can say.
