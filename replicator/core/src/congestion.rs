@@ -31,7 +31,7 @@ impl Core {
         oldest.map_or(0, |since| now.ms_since(since))
     }
 
-    /// Notes since when each copy has lacked blocks.
+    /// Notes since when each copy has lacked blocks, and how fast it gets them.
     pub(crate) fn watch_behind(&mut self) {
         // A follower's bits name what another follower may lack at worst; what it does lack, the primary knows.
         let follows = !self.is_primary_like()
@@ -45,6 +45,10 @@ impl Core {
                 peer.behind_before = false;
             } else {
                 peer.behind_since.get_or_insert(self.now);
+            }
+            if matches!(peer.relation, Relation::Source) {
+                let (left, done) = (peer.dirty_bytes(), peer.source.done_bytes);
+                peer.source.pace.note(self.now, left, done);
             }
         }
     }

@@ -21,6 +21,7 @@ mod log_recovery;
 mod meeting;
 mod op;
 pub mod overlap;
+mod pace;
 mod peer;
 #[doc(hidden)]
 pub mod probe;

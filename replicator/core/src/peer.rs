@@ -104,6 +104,7 @@ pub(crate) struct SourceState {
     pub done_sent: bool,
     pub done_position: Position,
     pub started: Time,
+    pub pace: crate::pace::Pace,
     /// Bytes the target held already, by digest.
     pub equal_bytes: u64,
     /// Chunks in a row whose digests differed, and how many to send without asking because of that.

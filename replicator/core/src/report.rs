@@ -127,7 +127,11 @@ impl Core {
             _ => return None,
         };
         let elapsed = now.ms_since(started);
-        let rate = done.saturating_mul(1000).checked_div(elapsed).unwrap_or(0);
+        let since_then = done.saturating_mul(1000).checked_div(elapsed).unwrap_or(0);
+        // Only the source knows what is left.
+        let seen = is_source
+            .then(|| peer.source.pace.seen(now, left, done))
+            .flatten();
         Some(ResyncStatus {
             is_source,
             total_bytes: if is_source {
@@ -139,11 +143,12 @@ impl Core {
             done_bytes: done,
             paused: peer.resync_paused,
             started_ms_ago: elapsed,
-            rate,
+            rate: seen.map_or(since_then, |s| s.copied),
             rate_limit: is_source.then(|| self.resync_rate.limit()).flatten(),
-            // Only the source knows what is left; honest: nothing before there is a rate.
-            eta_ms: (is_source && rate > 0 && !peer.resync_paused)
-                .then(|| left.saturating_mul(1000) / rate),
+            gain: seen.map(|s| s.gained),
+            eta_ms: seen
+                .filter(|_| !peer.resync_paused)
+                .and_then(|s| s.end(left)),
             undo_intact: self.undo_intact(),
         })
     }

@@ -109,12 +109,15 @@ pub struct ResyncStatus {
     pub done_bytes: u64,
     pub paused: bool,
     pub started_ms_ago: u64,
-    /// Bytes per second since it began.
+    /// Bytes per second: at the source over the last ten seconds, at the target since it began.
     pub rate: u64,
     /// Bytes per second that it is held to at present, for the application's sake or as configured; none: nothing holds it back.
     /// Known at the source alone.
     pub rate_limit: Option<u64>,
-    /// At the present rate; `None` while nothing can be said.
+    /// Bytes per second by which less is left, over the last ten seconds: what was copied, less what the application wrote over it
+    /// meanwhile. Below zero: more is left. `None` while nothing can be said. Known at the source alone.
+    pub gain: Option<i64>,
+    /// When nothing is left, if it goes on like this; `None` while nothing can be said, and where `gain` is not above zero.
     pub eta_ms: Option<u64>,
     pub undo_intact: bool,
 }

@@ -85,3 +85,48 @@ fn whole(w: &World) -> bool {
         CopyState::UpToDate | CopyState::Complete
     )
 }
+
+/// What a person is told of the end is reckoned from what is left: none is in sight while the application makes more than is copied.
+#[test]
+fn an_end_is_told_only_where_less_is_left() {
+    let mut told = 0;
+    for seed in 0..12 {
+        let modes = [Mode::Sync, Mode::Async];
+        let mut w = World::new(seed, &modes, OnPeerLoss::Continue, &[SIZE], true);
+        w.tuning.resync_chunk_bytes = 16 << 10;
+        w.tuning.resync_window_bytes = 16 << 10;
+        w.start(0);
+        w.start(1);
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1]));
+        w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+        w.crash(1, true);
+        for at in 0..SIZE / 8192 / 2 {
+            w.write(0, 0, at * 8192, vec![1; 8192], false);
+            w.steps(10);
+        }
+        w.start(1);
+        w.until("it begins", 40_000, |w| source(w, 0).is_some());
+        w.command(0, Command::PauseResync)
+            .unwrap_or_else(|e| panic!("{e}"));
+        let Some(before) = source(&w, 0) else {
+            continue;
+        };
+        for at in SIZE / 8192 / 2..SIZE / 8192 {
+            w.write(0, 0, at * 8192, vec![2; 8192], false);
+            w.steps(2);
+        }
+        w.until("a second passes", 100_000, |w| {
+            source(w, 0).is_none_or(|s| s.started_ms_ago > before.started_ms_ago + 1000)
+        });
+        let Some(now) = source(&w, 0) else { continue };
+        let gain = now.gain.unwrap_or_else(|| panic!("seed {seed}: {now:?}"));
+        let less = before.left_bytes.saturating_sub(now.left_bytes);
+        assert!(gain <= less as i64, "seed {seed}: {now:?} after {before:?}");
+        assert_eq!(now.eta_ms, None, "seed {seed}: paused");
+        told += 1;
+        w.command(0, Command::ResumeResync)
+            .unwrap_or_else(|e| panic!("{e}"));
+        w.until("whole", 100_000, |w| w.settled(&[0, 1]));
+    }
+    assert!(told > 6, "told {told} times");
+}

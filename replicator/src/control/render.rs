@@ -339,9 +339,12 @@ pub fn resync_line(resync: &ResyncReport) -> String {
     let pace = if resync.paused {
         "paused; `holdfast resume` lets it go on".to_string()
     } else {
-        let eta = match resync.eta_ms {
-            Some(eta) => format!("about {} left", span(eta)),
-            None => "time left not known yet".to_string(),
+        let eta = match (resync.eta_ms, resync.gain) {
+            (Some(eta), _) => format!("about {} left", span(eta)),
+            (None, Some(..=0)) => {
+                "no end in sight: the application writes over what is to be copied as fast as it is copied".into()
+            }
+            (None, _) => "time left not known yet".to_string(),
         };
         let held = match resync.rate_limit {
             Some(limit) => format!(" (held to {}/s)", bytes(limit)),
@@ -533,6 +536,7 @@ pub(crate) mod tests {
             paused: false,
             started_ms_ago: 15_000,
             rate: 200 << 20,
+            gain: Some(200 << 20),
             eta_ms: Some(5120),
             rate_limit: Some(250 << 20),
             undo_intact: true,
@@ -557,6 +561,10 @@ pub(crate) mod tests {
             assert!(screen.contains(part), "{part} is missing in:\n{screen}");
         }
         if let Some(resync) = &mut node.services[0].peers[0].resync {
+            (resync.eta_ms, resync.gain) = (None, None);
+            assert!(resync_line(resync).ends_with("time left not known yet"));
+            resync.gain = Some(-4096);
+            assert!(resync_line(resync).contains("no end in sight"));
             resync.is_source = false;
             assert_eq!(
                 resync_line(resync),

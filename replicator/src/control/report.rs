@@ -137,6 +137,10 @@ pub struct ResyncReport {
     pub started_ms_ago: u64,
     /// Bytes per second.
     pub rate: u64,
+    /// Bytes per second by which less is left over the last seconds, less than zero if more is; only where this copy sends.
+    #[serde(default)]
+    pub gain: Option<i64>,
+    /// `None`: not known yet, or no end in sight (`gain` is not above zero).
     pub eta_ms: Option<u64>,
     /// Bytes per second it is held to at present, for the application's sake or as configured.
     #[serde(default)]
@@ -440,6 +444,7 @@ fn peer_report(
             paused: resync.paused,
             started_ms_ago: resync.started_ms_ago,
             rate: resync.rate,
+            gain: resync.gain,
             eta_ms: resync.eta_ms,
             rate_limit: resync.rate_limit,
             undo_intact: resync.undo_intact,
