@@ -321,6 +321,9 @@ pub(crate) fn connection_error(e: &ConnectionError) -> String {
         ConnectionError::Reset => "the peer lost this connection: it was probably restarted".into(),
         ConnectionError::LocallyClosed => "closed by this node".into(),
         ConnectionError::TransportError(e) => plain(&e.reason).to_owned(),
+        ConnectionError::ConnectionClosed(e) if e.reason.is_empty() => {
+            format!("ended by the peer without a reason ({})", e.error_code)
+        }
         ConnectionError::ConnectionClosed(e) => {
             format!(
                 "refused by the peer: {}",
