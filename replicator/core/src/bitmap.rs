@@ -561,10 +561,8 @@ impl DirtyBitmap {
 
     /// The summary block is durable: the saves that waited for it are done.
     pub fn summary_saved(&mut self, block: u64) {
-        assert!(
-            self.summary_in_flight.remove(block as usize),
-            "no write of summary block {block} was under way"
-        );
+        let under_way = self.summary_in_flight.remove(block as usize);
+        assert!(under_way, "no write of summary block {block} was under way");
         for page in self.summary_range(block) {
             if self.pages[page].save == Save::SummaryInFlight {
                 self.pages[page].summary_unsure = false;
@@ -585,10 +583,8 @@ impl DirtyBitmap {
 
     /// The write of the summary block failed: what waited for it counts as not durable again.
     pub fn summary_failed(&mut self, block: u64) {
-        assert!(
-            self.summary_in_flight.remove(block as usize),
-            "no write of summary block {block} was under way"
-        );
+        let under_way = self.summary_in_flight.remove(block as usize);
+        assert!(under_way, "no write of summary block {block} was under way");
         for page in self.summary_range(block) {
             if self.pages[page].save == Save::SummaryInFlight {
                 self.pages[page].summary_unsure = true;
