@@ -1,7 +1,8 @@
-//! Deliberate defects, for one test build alone: they show that the simulator notices a broken core.
+//! Deliberate defects, for test builds alone: they show that the simulator, and the test of crash images, notice a
+//! broken core.
 //!
 //! `planted!("name")` stands where the defect is and is `false` in every build without the feature `planted-defects`,
-//! which only `cargo run --release -p simulator -- mutants` asks for. In that build it is true for the one defect that
+//! which only `cargo run --release -p simulator -- mutants` and `tests/soak --crash-images` ask for. In that build it is true for the one defect that
 //! a run chose, and counts how often it was reached.
 //!
 //! **To add one**: `planted!("name")` at the place, as the last part of a condition, so that reaching it means that it
@@ -30,7 +31,8 @@ macro_rules! planted {
     }};
 }
 
-// The core's own assertions are off in that build: a defect counts as noticed only if the oracle sees it.
+// The core's own assertions are off in that build: a defect counts as noticed only if the oracle sees it. So what they look at
+// must not change anything.
 #[cfg(feature = "planted-defects")]
 macro_rules! assert {
     ($($text:tt)*) => {
@@ -54,6 +56,7 @@ pub use on::*;
 #[cfg(feature = "planted-defects")]
 mod on {
     use std::cell::Cell;
+    use std::sync::atomic::{AtomicU64, AtomicUsize, Ordering};
 
     /// A defect that can be planted.
     #[derive(Debug)]
@@ -189,6 +192,10 @@ mod on {
 
     const NONE: usize = usize::MAX;
 
+    /// The defect of every thread that chose none, and how often those reached it.
+    static EVERYWHERE: AtomicUsize = AtomicUsize::new(NONE);
+    static REACHED: AtomicU64 = AtomicU64::new(0);
+
     thread_local! {
         /// The defect of this thread's run, and how often it was reached.
         static CHOSEN: Cell<(usize, u64)> = const { Cell::new((NONE, 0)) };
@@ -217,6 +224,18 @@ mod on {
         CHOSEN.set((defect.unwrap_or(NONE), 0));
     }
 
+    /// The same for all threads of the process that choose none themselves: replicators have threads of their own.
+    pub fn choose_everywhere(defect: Option<usize>) {
+        EVERYWHERE.store(defect.unwrap_or(NONE), Ordering::SeqCst);
+        REACHED.store(0, Ordering::SeqCst);
+    }
+
+    /// How often the defect that was chosen everywhere was reached since.
+    #[must_use]
+    pub fn reached_everywhere() -> u64 {
+        REACHED.load(Ordering::SeqCst)
+    }
+
     /// How often the chosen defect was reached by this thread since it was chosen.
     #[must_use]
     pub fn reached() -> u64 {
@@ -226,6 +245,11 @@ mod on {
     /// Whether that defect is in force here and now.
     pub fn chosen(at: usize) -> bool {
         let (chosen, reached) = CHOSEN.get();
+        if chosen == NONE {
+            let is = EVERYWHERE.load(Ordering::Relaxed) == at;
+            REACHED.fetch_add(u64::from(is), Ordering::Relaxed);
+            return is;
+        }
         let is = chosen == at;
         if is {
             CHOSEN.set((chosen, reached + 1));

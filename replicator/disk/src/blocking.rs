@@ -72,11 +72,15 @@ impl Backing {
                 .inner
                 .error(DiskErrorKind::FlushLost(errno), OpKind::Flush, 0, 0));
         }
+        #[cfg(feature = "fault-injection")]
+        let noted = crate::record::began(&self.inner.path, || crate::record::Request::Flush);
         let result = match &self.inner.engine {
             Engine::Kernel | Engine::Memory => retry(|| rustix::fs::fdatasync(&self.inner.file)),
             #[cfg(feature = "fault-injection")]
             Engine::Fault(disk) => disk.blocking_sync(),
         };
+        #[cfg(feature = "fault-injection")]
+        crate::record::ended(noted, result.is_ok());
         result.map_err(|errno| {
             self.inner.flush_lost.set(Some(errno.raw_os_error()));
             self.inner
@@ -119,6 +123,12 @@ impl Backing {
         let mut done = 0;
         while done < bytes.len() {
             let rest = &bytes[done..];
+            #[cfg(feature = "fault-injection")]
+            let noted = crate::record::began(&self.inner.path, || crate::record::Request::Write {
+                offset: offset + done as u64,
+                bytes: rest.into(),
+                durable: false,
+            });
             let result = match &self.inner.engine {
                 Engine::Kernel | Engine::Memory => {
                     retry(|| rustix::io::pwrite(&self.inner.file, rest, offset + done as u64))
@@ -126,6 +136,8 @@ impl Backing {
                 #[cfg(feature = "fault-injection")]
                 Engine::Fault(disk) => disk.blocking_write(offset + done as u64, rest),
             };
+            #[cfg(feature = "fault-injection")]
+            crate::record::ended(noted, result.is_ok());
             done += self.progress(
                 OpKind::Write,
                 offset + done as u64,

@@ -204,6 +204,8 @@ impl Inner {
             match &self.jobs[key].backing.engine {
                 Engine::Memory if in_place::fits(&step) => {
                     let ptr = self.address(&step);
+                    #[cfg(feature = "fault-injection")]
+                    self.note(key, &step);
                     let backing = &self.jobs[key].backing;
                     // SAFETY: the job holds the memory of its step; what is read into has no other user until then.
                     let result = unsafe { in_place::run(&backing.file, &step, ptr) };
@@ -221,6 +223,9 @@ impl Inner {
                         return;
                     }
                     self.in_kernel += 1;
+                    // The kernel looks at it with the next call.
+                    #[cfg(feature = "fault-injection")]
+                    self.note(key, &step);
                 }
                 #[cfg(feature = "fault-injection")]
                 Engine::Fault(disk) => {
@@ -234,6 +239,15 @@ impl Inner {
                 }
             }
         }
+    }
+
+    /// For tests that record what is asked of the disk.
+    #[cfg(feature = "fault-injection")]
+    fn note(&mut self, key: usize, step: &Step) {
+        let ptr = self.address(step);
+        let job = &mut self.jobs[key];
+        // SAFETY: the job holds the memory of its step.
+        job.noted = unsafe { crate::record::step_began(&job.backing.path, step, ptr) };
     }
 
     fn address(&self, step: &Step) -> *mut u8 {
@@ -375,6 +389,8 @@ impl Inner {
 
     fn answer(&mut self, key: usize, result: i32) {
         let now = Instant::now();
+        #[cfg(feature = "fault-injection")]
+        crate::record::ended(self.jobs[key].noted.take(), result >= 0);
         match self.jobs[key].answer(result, now) {
             // Ahead of new work: it is older.
             Progress::Again => self.queue.push_front(key),

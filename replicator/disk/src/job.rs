@@ -104,6 +104,9 @@ pub(crate) struct Job {
     force_async: bool,
     current: Verb,
     current_len: u64,
+    /// The step in flight, if a test records it.
+    #[cfg(feature = "fault-injection")]
+    pub noted: Option<crate::record::Noted>,
 }
 
 impl Job {
@@ -219,6 +222,8 @@ impl Job {
             force_async: false,
             current: Verb::Sync,
             current_len: 0,
+            #[cfg(feature = "fault-injection")]
+            noted: None,
             backing,
         }))
     }

@@ -21,6 +21,8 @@ mod lock;
 mod memory;
 mod op;
 mod probe;
+#[cfg(feature = "fault-injection")]
+pub mod record;
 mod ring;
 mod setup;
 
