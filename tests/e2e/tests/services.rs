@@ -287,7 +287,20 @@ fn a_service_that_is_cut_off_held_or_stopped_disturbs_no_other() {
 
     // It is stopped on the node where the other is primary, and then on both.
     let loads = db.load(&cluster, 0);
-    cluster[1].of(SERVICE).detach();
+    // A person is asked first, since the application on the other node will wait; off a terminal nothing happens.
+    let asked = cluster[1].run(&["detach", SERVICE]);
+    let said = String::from_utf8_lossy(&asked.stderr).into_owned();
+    assert_eq!(asked.status.code(), Some(3), "{said}");
+    for part in [
+        "the application on alpha waits",
+        "Nothing was changed",
+        "--yes",
+    ] {
+        assert!(said.contains(part), "{part:?} is missing in: {said}");
+    }
+    undisturbed("db was not stopped without consent");
+    assert!(!cluster[0].of(SERVICE).report().parked);
+    cluster[1].must(&["detach", SERVICE, "--yes"]);
     cluster[0].of(SERVICE).until("it waits", |db| db.parked);
     undisturbed("db is stopped beside mail's primary");
     cluster[0].of(SERVICE).detach();
