@@ -26,6 +26,8 @@ pub enum Fault {
     KillSourceInResync,
     /// The roles are exchanged, as planned.
     SwitchOver,
+    /// SIGSTOP of the primary, the secondary or both, for less or more than the other one waits, and SIGCONT.
+    Pause,
     /// As [`Fault::KillPrimary`], and its disk loses what it had not flushed.
     CutPrimary,
     /// As [`Fault::KillSecondary`], and its disk loses what it had not flushed.
@@ -38,14 +40,15 @@ pub enum Fault {
 }
 
 impl Fault {
-    /// Faults for any backing.
-    pub const KILLS: [Fault; 6] = [
+    /// Faults for any backing, none of which loses what a disk had not flushed.
+    pub const KILLS: [Fault; 7] = [
         Fault::KillPrimary,
         Fault::KillSecondary,
         Fault::KillBoth,
         Fault::KillTargetInResync,
         Fault::KillSourceInResync,
         Fault::SwitchOver,
+        Fault::Pause,
     ];
     /// Faults for backings under the fault layer.
     pub const CUTS: [Fault; 4] = [
@@ -163,6 +166,7 @@ impl Story {
             }
             Fault::KillSourceInResync => self.lose_source(&what),
             Fault::SwitchOver => self.switch_over(),
+            Fault::Pause => self.stand_still(),
             Fault::CycleSecondaryThenFailOver => self.cycle_secondary(&what),
         }
         self.all_is_well(&what);
@@ -365,6 +369,28 @@ impl Story {
         self.cluster[new].promote();
         self.primary = new;
         let load = self.load_for_a_while();
+        load.finish();
+    }
+
+    /// Nobody is promoted meanwhile, so the application sees no more than a pause.
+    #[track_caller]
+    fn stand_still(&mut self) {
+        let load = self.load_for_a_while();
+        let which = 1 + self.random.below(3);
+        let paused: Vec<usize> = (0..2).filter(|node| which >> node & 1 == 1).collect();
+        for node in &paused {
+            self.cluster[*node].freeze();
+            self.pause(5_000);
+        }
+        match paused[..] {
+            [node] if self.random.percent(60) => self.cluster[1 - node].until_misses(node),
+            _ => self.pause(1_500_000),
+        }
+        for node in paused {
+            self.cluster[node].thaw();
+            self.pause(100_000);
+        }
+        load.until_acknowledged(30);
         load.finish();
     }
 

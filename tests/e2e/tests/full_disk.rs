@@ -180,6 +180,42 @@ fn the_secondarys_disk_is_full() {
     }
 }
 
+/// A copy that is filled has no room for what it gets: that is no good copy, before and after it is started anew, until there is room
+/// (D11).
+#[test]
+fn the_target_of_a_resync_is_full() {
+    let settings = Settings {
+        small: vec![small_backing(1)],
+        on_peer_loss: "continue",
+        ..Settings::default()
+    };
+    let Some(mut pair) = Pair::begin("full, target", &settings) else {
+        return;
+    };
+    pair.cluster[1].stop();
+    let load = pair.load();
+    load.until_acknowledged(300);
+    load.finish();
+    pair.cluster[1].small(Part::Backings).fill(LITTLE);
+    for moment in 0..2 {
+        let what = format!("full, target, moment {moment}");
+        pair.cluster[1].start();
+        let load = pair.load();
+        pair.until_full(1);
+        load.until_acknowledged(50);
+        load.finish();
+        assert_eq!(pair.cluster[0].service().in_sync, [0], "{what}");
+        let refused = pair.cluster[1].run(&["promote", SERVICE]);
+        assert!(!refused.status.success(), "{what}: {refused:?}");
+        pair.settle(&what);
+        pair.cluster[1].stop();
+    }
+    pair.cluster[1].small(Part::Backings).make_room();
+    pair.cluster[1].start();
+    pair.all_is_well("full, target, with room again");
+    pair.finish();
+}
+
 /// Nobody has room: the application waits, and what it was told to be written is there when there is room again.
 #[test]
 fn both_disks_are_full() {

@@ -3,8 +3,10 @@
 //! D11).
 
 use holdfast_e2e::cluster::SERVICE;
+use holdfast_e2e::process::{self, available};
 use holdfast_e2e::{Cluster, History, Load, Loss, Mix, Random, Settings, random};
-use holdfast_replicator::control::protocol::{LinkName, RoleName};
+use holdfast_replicator::control::protocol::{LinkName, RoleName, StateName};
+use rustix::process::Signal;
 
 struct Pair {
     cluster: Cluster,
@@ -224,6 +226,108 @@ fn both_are_paused_at_once_and_go_on_in_any_order() {
         }
         pair.cluster[1 - first].thaw();
         load.until_acknowledged(50);
+        load.finish();
+        pair.all_is_well(&what);
+    }
+    pair.finish();
+}
+
+/// In the midst of a resync its source, its target or both stand still, at any moment of it: it goes on where it was or begins anew,
+/// and a target is promoted at no moment.
+#[test]
+fn source_or_target_is_paused_in_the_midst_of_a_resync() {
+    let mut pair = Pair::begin("paused in a resync", "continue");
+    for moment in 0..6 {
+        let paused: &[usize] = [&[1][..], &[0], &[0, 1]][moment % 3];
+        let what = format!("moment {moment}, paused {paused:?}");
+        pair.cluster[1].stop();
+        let load = pair.load();
+        load.until_acknowledged(200);
+        load.finish();
+        // Held back until they stand still, or not at all.
+        let held = moment < 3;
+        if held {
+            pair.cluster[0].must(&["pause", SERVICE]);
+        }
+        let load = pair.load();
+        pair.cluster[1].start();
+        pair.cluster[0].until("the resync has begun", |service| {
+            service.peers[0].resync.is_some() || service.in_sync == [0, 1]
+        });
+        if held {
+            let target = pair.cluster[1].service();
+            assert_eq!(target.state, StateName::Inconsistent, "{what}");
+            // What is mirrored goes on.
+            load.until_acknowledged(20);
+            pair.cluster[0].must(&["resume", SERVICE]);
+        }
+        for node in paused {
+            pair.cluster[*node].freeze();
+        }
+        let refuses = |node: usize| {
+            let refused = pair.cluster[node].run(&["promote", SERVICE]);
+            assert!(!refused.status.success(), "{what}: {refused:?}");
+        };
+        match paused {
+            [0] => {
+                pair.cluster[1].until_misses(0);
+                refuses(1);
+            }
+            [1] => {
+                pair.cluster[0].until_misses(1);
+                load.until_acknowledged(20);
+            }
+            _ => std::thread::sleep(std::time::Duration::from_millis(
+                500 + pair.random.below(800),
+            )),
+        }
+        for node in paused {
+            pair.cluster[*node].thaw();
+        }
+        load.until_acknowledged(30);
+        load.finish();
+        pair.all_is_well(&what);
+    }
+    pair.finish();
+}
+
+/// The application stands still with requests under way and answers that it does not take. Others on the same volume go on, the
+/// service moves to the other node without it, and it never gets an answer from a later epoch.
+#[test]
+fn an_application_that_stands_still_holds_up_nobody() {
+    if !available("fio") {
+        return;
+    }
+    let mut pair = Pair::begin("paused application", "suspend");
+    for moment in 0..2 {
+        let (old, new) = (pair.primary, 1 - pair.primary);
+        let what = format!("moment {moment}");
+        let written = pair.cluster[old].service().position;
+        let mut fio = std::process::Command::new("fio");
+        fio.args(["--name=stands", "--ioengine=nbd", "--rw=randrw"])
+            .args(["--bs=64k", "--iodepth=32", "--offset=10m", "--size=4m"])
+            .args(["--time_based", "--runtime=600"])
+            .arg(format!("--uri={}", pair.cluster[old].nbd_uri("data")))
+            .stdout(std::process::Stdio::null())
+            .stderr(std::process::Stdio::null());
+        let mut fio = process::spawn(fio).expect("fio");
+        pair.cluster[old].until("fio writes", |service| service.position > written + 200);
+        process::signal(&fio, Signal::STOP);
+        let load = pair.load();
+        load.until_acknowledged(200);
+        load.finish();
+        pair.settle(&what);
+        pair.cluster[old].demote();
+        pair.cluster[new].promote();
+        pair.primary = new;
+        let load = pair.load();
+        load.until_acknowledged(200);
+        process::signal(&fio, Signal::CONT);
+        let ended = process::wait(&mut fio, holdfast_e2e::cluster::PATIENCE);
+        assert!(
+            ended.is_some_and(|status| !status.success()),
+            "{what}: fio goes on without its volume: {ended:?}"
+        );
         load.finish();
         pair.all_is_well(&what);
     }
