@@ -481,7 +481,11 @@ impl Core {
         if let Some(admin) = self.detaching.take() {
             out.push(Action::AdminDone {
                 admin,
-                result: Ok("detached; all of it is durable".into()),
+                result: Ok(if self.failed {
+                    "detached; its disk failed before: what it lacks comes from another copy".into()
+                } else {
+                    "detached; all of it is durable".into()
+                }),
             });
         }
     }

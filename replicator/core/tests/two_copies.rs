@@ -886,3 +886,53 @@ fn invalidate_ends_a_broken_history() {
     in_sync_again(&mut w, &[0, 1]);
     same(&w, 0, 1);
 }
+
+/// Row 16, C1: two copies that were promoted without each other's generation. One still had to wait for the other with
+/// everything it wrote; that one was promoted after it, and goes on. What the first wrote completed nowhere, and does not come
+/// back.
+#[test]
+fn a_copy_that_could_complete_nothing_is_the_target() {
+    for seed in 0..20 {
+        let mut w = pair(seed, OnPeerLoss::Suspend);
+        w.promote(0, false).unwrap();
+        let requests = load(&mut w, 0, 10);
+        all_ok(&mut w, 0, &requests);
+        w.command(0, Command::Demote).unwrap();
+        // Copy 0 agrees to the epoch of copy 1, and never hears of its generation.
+        let admin = w.admin(1, Command::Promote { force: false });
+        w.until("copy 0 agreed", 20_000, |w| {
+            let core = w.nodes[0].core.as_ref().unwrap();
+            core.status(w.now).epoch.number == 2
+        });
+        w.until("copy 1 has its generation", 20_000, |w| {
+            superblock_of(w, 1).generations.len() > superblock_of(w, 0).generations.len()
+        });
+        if superblock_of(&w, 0).generations.last() == superblock_of(&w, 1).generations.last() {
+            continue;
+        }
+        w.cut.push((0, 1));
+        w.drop_link(0, 1, "cut");
+        w.until("copy 1 serves", 20_000, |w| {
+            w.nodes[1].admin.contains_key(&admin)
+        });
+        let lost = w.write(1, 0, 0, vec![77; 4096], false);
+        w.steps(200);
+        assert_eq!(w.status_of(1, lost), None, "seed {seed}: it is parked");
+        w.promote(0, false).unwrap();
+        w.cut.clear();
+        w.until("they settle", 100_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(1)
+        });
+        let role = w.nodes[0].core.as_ref().unwrap().status(w.now).role;
+        assert_eq!(role, Role::Primary, "seed {seed}: the newer one serves on");
+        assert_ne!(w.status_of(1, lost), Some(Status::Ok));
+        for n in 0..2 {
+            let block = &w.nodes[n].disk.data[0][..4096];
+            assert!(block != [77; 4096], "seed {seed}: copy {n}");
+        }
+    }
+}
+
+fn superblock_of(w: &World, n: usize) -> Superblock {
+    world::story::on_disk(w, n)
+}

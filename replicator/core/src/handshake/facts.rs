@@ -265,6 +265,26 @@ pub(super) fn wrote_nothing(
     reach(f) == 0 && later.into_iter().all(|g| g.fork_position == 0 && exact(g))
 }
 
+/// In sync and semi-sync mode nothing that `f` wrote in its own branch completed: `other` is still in the S that it goes by, and never held
+/// that branch, so it acknowledged nothing of it. (`f` left the common generation no later than the other: all that
+/// the other may lack is in the branch.)
+pub(super) fn completed_nothing(
+    f: &Facts,
+    other: &Facts,
+    branch: &Generation,
+    of_other: &Generation,
+) -> bool {
+    let mut own = f.generations.iter().skip_while(|g| g.id != branch.id);
+    f.mode != Mode::Async
+        && other.mode != Mode::Async
+        && f.about_peer.known
+        && by_disk(f, other).contains(other.slot)
+        && f.in_sync.contains(f.slot)
+        && own.all(|g| g.maker == f.slot.0)
+        && branch.fork_position <= of_other.fork_position
+        && !unclean(other)
+}
+
 /// Row 1: what makes the copies impossible to compare.
 pub(super) fn incomparable(a: &Facts, b: &Facts, store: Option<&StoreRecord>) -> Option<Problem> {
     if a.slot == b.slot {

@@ -10,8 +10,11 @@
 mod explain;
 mod facts;
 pub mod history;
+pub mod outline;
 mod promote;
 mod rows;
+#[cfg(feature = "planted-defects")]
+mod swapped;
 #[cfg(test)]
 mod tests;
 

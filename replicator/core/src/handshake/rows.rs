@@ -14,6 +14,13 @@ use holdfast_wire_format::metadata::{CopyState, Generation, GenerationCause, Mod
 pub fn decide(a: &Facts, b: &Facts, store: Option<&StoreRecord>) -> Decision {
     // One order for the pair, so that both ends run literally the same computation.
     let (a, b) = if a.slot <= b.slot { (a, b) } else { (b, a) };
+    let decision = by_table(a, b, store);
+    #[cfg(feature = "planted-defects")]
+    let decision = super::swapped::swap(a, b, store, decision);
+    decision
+}
+
+fn by_table(a: &Facts, b: &Facts, store: Option<&StoreRecord>) -> Decision {
     if let Some(problem) = incomparable(a, b, store) {
         return refuse(Row::R1, problem);
     }
@@ -611,7 +618,7 @@ impl<'a> Meeting<'a> {
             .or_else(|| {
                 let third = current_maker(self.a)
                     .is_some_and(|maker| maker != self.a.slot && maker != self.b.slot);
-                (third && may_be_source(self.a)).then(|| {
+                third.then(|| {
                     let maker = current_maker(self.a).map_or(0, |slot| slot.0);
                     let why = format!(
                         "slot {maker} made this generation, and both followed it equally far: slot {} has the lower number",
@@ -750,7 +757,9 @@ impl<'a> Meeting<'a> {
             }
         }
         let empty = sides.map(|(x, y, of_x, of_y)| {
-            trusted && wrote_nothing(y, x, ancestor, &of_y, of_x.fork_position)
+            trusted
+                && (wrote_nothing(y, x, ancestor, &of_y, of_x.fork_position)
+                    || (self.store.is_none() && completed_nothing(y, x, &of_y, &of_x)))
         });
         let chosen = match empty {
             [false, false] => None,
@@ -775,14 +784,19 @@ impl<'a> Meeting<'a> {
                 })
             }
         };
-        if let Some((x, y, of_x, _)) = chosen
+        if let Some((x, y, of_x, of_y)) = chosen
             && may_be_source(x)
         {
             let why = format!(
-                "{} and {} both left generation {ancestor}, but slot {} wrote nothing that slot {} lacks",
+                "{} and {} both left generation {ancestor}, but slot {} {} that slot {} lacks",
                 name(a),
                 name(b),
                 y.slot.0,
+                if wrote_nothing(y, x, ancestor, &of_y, of_x.fork_position) {
+                    "wrote nothing"
+                } else {
+                    "had to wait for the other with everything it wrote, and completed nothing"
+                },
                 x.slot.0
             );
             // Nothing in its own branch; but a branch made after an unclean stop forks at a lower bound, and what lies

@@ -3,6 +3,7 @@
 mod build;
 mod enumerate;
 mod model;
+mod outline;
 mod promotion;
 mod properties;
 mod table;

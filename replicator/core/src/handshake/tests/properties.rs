@@ -58,7 +58,7 @@ fn histories() -> impl Strategy<Value = Vec<Generation>> {
     })
 }
 
-fn facts(slot: u8) -> impl Strategy<Value = Facts> {
+pub(super) fn facts(slot: u8) -> impl Strategy<Value = Facts> {
     let shape = (
         histories(),
         prop::sample::select(&STATES[..]),
@@ -109,7 +109,7 @@ fn facts(slot: u8) -> impl Strategy<Value = Facts> {
     )
 }
 
-fn stores() -> impl Strategy<Value = Option<StoreRecord>> {
+pub(super) fn stores() -> impl Strategy<Value = Option<StoreRecord>> {
     prop::option::of((2u64..6, 0u8..2, 1u64..7, 1u8..4).prop_map(
         |(number, owner, generation, in_sync)| StoreRecord {
             epoch: Epoch { number, owner },

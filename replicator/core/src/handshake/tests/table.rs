@@ -286,6 +286,9 @@ fn split() -> (Facts, Facts) {
     goes_on(&mut b, 4, 10, GenerationCause::Force);
     writes(&mut a, 2);
     writes(&mut b, 3);
+    // Each goes on alone.
+    a.in_sync = SlotSet::only(Slot(0));
+    b.in_sync = SlotSet::only(Slot(1));
     (a, b)
 }
 
@@ -697,4 +700,22 @@ fn every_decision_is_explained_with_the_nodes_names() {
     ] {
         assert!(text.contains(part), "{part:?} is not in:\n{text}");
     }
+}
+
+/// Two that were told to take what a third copy has, and meet while it is away: nobody is at fault, and they are not to refuse
+/// each other until a person comes.
+#[test]
+fn row_13_two_outdated_followers_wait_for_the_third() {
+    let (mut a, mut b) = pair();
+    for f in [&mut a, &mut b] {
+        f.state = CopyState::Outdated;
+        f.flags.was_primary = false;
+        f.epoch.owner = 2;
+        f.about_peer.bits = 1;
+        if let Some(last) = f.generations.last_mut() {
+            (last.maker, last.epoch.owner) = (2, 2);
+        }
+    }
+    let d = meet(&a, &b);
+    assert_eq!((d.row, d.outcome), (Row::R13, Outcome::WaitForThird));
 }
