@@ -140,6 +140,12 @@ pub(crate) struct Found {
     whole: Option<usize>,
 }
 
+/// How many worlds there are.
+#[cfg(feature = "planted")]
+pub(crate) fn worlds() -> usize {
+    SHAPES.len()
+}
+
 /// One search through the schedules of a shape.
 pub(crate) struct Search<'a> {
     pub shape: usize,

@@ -9,7 +9,7 @@ use std::time::{Duration, Instant};
 const USAGE: &str =
     "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--without KIND,KIND]
        simulator enumerate [--level N] [--seconds S] [--copies N] [--shapes N,N] [--threads T]
-       simulator mutants [--seeds N] [--json] [--list] [--all] [--threads T] [NAME...]
+       simulator mutants [--seeds N] [--json] [--list] [--all] [--schedules] [--threads T] [NAME...]
        simulator --seed S [--no-shrink] [--everything] [--repeat] [--without KIND,KIND]
 
 Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 if a seed fails.
@@ -117,6 +117,8 @@ fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, St
         json: false,
         list: false,
         all: false,
+        schedules: false,
+        level: 2,
         threads: threads(),
         names: Vec::new(),
     };
@@ -134,6 +136,8 @@ fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, St
             "--json" => a.json = true,
             "--list" => a.list = true,
             "--all" => a.all = true,
+            "--schedules" => a.schedules = true,
+            "--level" => a.level = number()? as usize,
             other if other.starts_with('-') => return Err(format!("unknown argument {other}")),
             _ => a.names.push(word),
         }

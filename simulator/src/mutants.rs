@@ -12,17 +12,23 @@ pub struct Arguments {
     pub list: bool,
     /// Also those that are known not to be noticed.
     pub all: bool,
+    /// All by the enumeration, none by seeds.
+    pub schedules: bool,
+    /// Of the enumeration.
+    pub level: usize,
     pub threads: usize,
     /// Only these; all if empty.
     pub names: Vec<String>,
 }
 
 pub const USAGE: &str =
-    "usage: simulator mutants [--seeds N] [--json] [--list] [--all] [--threads T] [NAME...]
+    "usage: simulator mutants [--seeds N] [--json] [--list] [--all] [--schedules] [--threads T] [NAME...]
 
-Plants one defect after the other into the core and runs seeds until the oracle notices it. Exit 1 if one is never noticed.
+Plants one defect after the other into the core and runs seeds, or every schedule of `enumerate`, until the oracle notices it. Exit 1 if one is never noticed.
 --seeds N     tries so many seeds for each (default 2000)
 --list        names the defects
+--schedules   uses the enumeration for each, also where seeds are known to do
+--level N     of the enumeration (default 2)
 --all         also plants those that are known not to be noticed (docs/simulator.md)";
 
 #[cfg(not(feature = "planted"))]
@@ -81,8 +87,9 @@ mod build {
 #[cfg(feature = "planted")]
 mod hunt {
     use super::Arguments;
+    use crate::enumerate::{self, Search};
     use crate::{Plan, Trace, run_with};
-    use holdfast_replicator_core::planted::{DEFECTS, Defect};
+    use holdfast_replicator_core::planted::{DEFECTS, Defect, Noticed};
     use std::collections::BTreeMap;
     use std::process::ExitCode;
     use std::sync::Mutex;
@@ -102,13 +109,15 @@ mod hunt {
         crashed: u64,
         /// The first seed whose run the oracle found wrong, and how.
         noticed: Option<(u64, String)>,
+        /// The schedule that shows it, as `enumerate` takes it, and how.
+        scheduled: Option<(String, String)>,
     }
 
     /// Runs the chosen defects. Success if the oracle notices every one.
     pub fn run(arguments: &Arguments) -> ExitCode {
         let wanted = |d: &Defect| {
             if arguments.names.is_empty() {
-                d.noticed || arguments.all
+                d.noticed != Noticed::Nothing || arguments.all
             } else {
                 arguments.names.iter().any(|n| n == d.name)
             }
@@ -133,20 +142,30 @@ mod hunt {
                 ..Hunt::default()
             })
             .collect();
+        let by_schedules =
+            |h: &Hunt| arguments.schedules || DEFECTS[h.defect].noticed == Noticed::Schedules;
+        let (scheduled, hunts): (Vec<Hunt>, Vec<Hunt>) = hunts.into_iter().partition(by_schedules);
+        let scheduled = Mutex::new((scheduled, Vec::new()));
         let hunts = Mutex::new(hunts);
         // Seeds that fail without any defect prove nothing.
         let sound = Mutex::new(BTreeMap::<u64, bool>::new());
         std::thread::scope(|scope| {
             for _ in 0..arguments.threads {
-                scope.spawn(|| hunt(arguments, &hunts, &sound));
+                scope.spawn(|| {
+                    hunt(arguments, &hunts, &sound);
+                    hunt_by_schedules(arguments, &scheduled);
+                });
             }
         });
-        let hunts = hunts.into_inner().unwrap_or_else(|e| e.into_inner());
-        let caught = hunts.iter().filter(|h| h.noticed.is_some()).count();
+        let mut hunts = hunts.into_inner().unwrap_or_else(|e| e.into_inner());
+        let (_, done) = scheduled.into_inner().unwrap_or_else(|e| e.into_inner());
+        hunts.extend(done);
+        let is_caught = |h: &Hunt| h.noticed.is_some() || h.scheduled.is_some();
+        let caught = hunts.iter().filter(|h| is_caught(h)).count();
         if !arguments.json && caught < hunts.len() {
             let names = hunts
                 .iter()
-                .filter(|h| h.noticed.is_none())
+                .filter(|h| !is_caught(h))
                 .map(|h| DEFECTS[h.defect].name);
             println!("not noticed: {}", names.collect::<Vec<_>>().join(", "));
         }
@@ -155,6 +174,49 @@ mod hunt {
             ExitCode::SUCCESS
         } else {
             ExitCode::FAILURE
+        }
+    }
+
+    /// Takes one defect after the other, and tries every schedule in one world after the other.
+    fn hunt_by_schedules(arguments: &Arguments, hunts: &Mutex<(Vec<Hunt>, Vec<Hunt>)>) {
+        let lock = || hunts.lock().unwrap_or_else(|e| e.into_inner());
+        let bounds = enumerate::Arguments {
+            level: arguments.level,
+            ..enumerate::Arguments::default()
+        };
+        loop {
+            let next = lock().0.pop();
+            let Some(mut h) = next else { return };
+            for shape in 0..enumerate::worlds() {
+                let search = Search {
+                    shape,
+                    arguments: &bounds,
+                    until: None,
+                    defect: Some(h.defect),
+                    say: false,
+                };
+                let found = search.search();
+                h.runs += found.coverage.seeds;
+                h.reached += found.reached;
+                h.crashed += found.crashed;
+                if let Some(failure) = found.failures.first() {
+                    let at = format!("--shapes {shape} --schedule {}", failure.schedule());
+                    let why = failure.what.lines().next().unwrap_or_default();
+                    h.scheduled = Some((at, why.to_owned()));
+                    break;
+                }
+            }
+            let mut hunts = lock();
+            tell(arguments, &h);
+            hunts.1.push(h);
+        }
+    }
+
+    fn tell(arguments: &Arguments, h: &Hunt) {
+        if arguments.json {
+            println!("{}", json(h));
+        } else {
+            println!("{}", line(h));
         }
     }
 
@@ -217,23 +279,32 @@ mod hunt {
             }
             let over = h.noticed.is_some() && !before;
             if over || (!open(h) && h.in_flight == 0 && h.noticed.is_none()) {
-                if arguments.json {
-                    println!("{}", json(h));
-                } else {
-                    println!("{}", line(h));
-                }
+                tell(arguments, h);
             }
         }
     }
 
     fn line(h: &Hunt) -> String {
         let d = &DEFECTS[h.defect];
+        let shorter = |why: &str| why.chars().take(150).collect::<String>();
+        if let Some((schedule, why)) = &h.scheduled {
+            return format!(
+                "{} ({}: {})\n    {schedule}, run {}, reached {} times: {}",
+                d.name,
+                d.breaks,
+                d.what,
+                h.runs,
+                h.reached,
+                shorter(why)
+            );
+        }
         let how = match &h.noticed {
             Some((seed, why)) => {
-                let why: String = why.chars().take(150).collect();
                 format!(
-                    "seed {seed}, run {}, reached {} times: {why}",
-                    h.runs, h.reached
+                    "seed {seed}, run {}, reached {} times: {}",
+                    h.runs,
+                    h.reached,
+                    shorter(why)
                 )
             }
             None if h.reached == 0 => format!("SURVIVES {} runs, never reached", h.runs),
@@ -249,8 +320,10 @@ mod hunt {
         let d = &DEFECTS[h.defect];
         serde_json::json!({
             "name": d.name, "breaks": d.breaks, "what": d.what,
-            "caught": h.noticed.is_some(), "reached": h.reached, "runs": h.runs, "crashed": h.crashed,
-            "seed": h.noticed.as_ref().map(|n| n.0), "why": h.noticed.as_ref().map(|n| n.1.as_str()),
+            "caught": h.noticed.is_some() || h.scheduled.is_some(), "reached": h.reached, "runs": h.runs, "crashed": h.crashed,
+            "seed": h.noticed.as_ref().map(|n| n.0),
+            "schedule": h.scheduled.as_ref().map(|n| n.0.as_str()),
+            "why": h.noticed.as_ref().map(|n| &n.1).or(h.scheduled.as_ref().map(|n| &n.1)),
         })
     }
 }

@@ -801,6 +801,11 @@ impl World {
             self.nodes[node].met_at = self.now;
             self.nodes[node].look_now = true;
         }
+        if notice.kind == "resync-target"
+            && let Some(source) = notice.peer
+        {
+            self.oracle.filled_from(node, source.0 as usize);
+        }
         if matches!(notice.kind, "resync-complete" | "link-down" | "attached") {
             self.nodes[node].look_now = true;
         }

@@ -78,6 +78,8 @@ pub struct Oracle {
     settled_set: SlotSet,
     /// A person forced something, or destroyed the only copy of something, and the copies were not seen equal since.
     pub forked: bool,
+    /// Copies that were filled by one that lost power: what those lost they lack, too (D3).
+    filled_by_loser: SlotSet,
     /// The copies that had everything when the newest primary was last seen.
     holders: SlotSet,
     /// Copies whose data a person gave up, until they were filled again.
@@ -116,6 +118,7 @@ impl Oracle {
             losses: Vec::new(),
             settled_set: SlotSet::EMPTY,
             forked: false,
+            filled_by_loser: SlotSet::EMPTY,
             holders: SlotSet::EMPTY,
             destroyed: SlotSet::EMPTY,
             given_up_at: vec![None; copies],
@@ -629,7 +632,8 @@ impl Oracle {
 
     /// D3: what a copy holds must be a cut of the order in which things completed.
     fn is_a_point_in_time(&self, node: usize, view: &[Vec<u64>]) -> Result<(), String> {
-        let volatile = self.lost_since[node].is_some();
+        let volatile =
+            self.lost_since[node].is_some() || self.filled_by_loser.contains(Slot(node as u8));
         let mut newest = (0, 0);
         for (volume, sectors) in view.iter().enumerate() {
             for sector in self.all[volume].keys() {
@@ -770,6 +774,13 @@ impl Oracle {
         }
     }
 
+    /// A copy takes what it lacks from another.
+    pub fn filled_from(&mut self, node: usize, source: usize) {
+        if self.lost_since[source].is_some() || self.filled_by_loser.contains(Slot(source as u8)) {
+            self.filled_by_loser = self.filled_by_loser.with(Slot(node as u8));
+        }
+    }
+
     /// The copy is whole again.
     pub fn filled_again(&mut self, node: usize) {
         self.destroyed = self.destroyed.without(Slot(node as u8));
@@ -838,6 +849,7 @@ impl Oracle {
             self.lost_since[node] = None;
             self.killed_since[node] = None;
             self.given_up_at[node] = None;
+            self.filled_by_loser = self.filled_by_loser.without(Slot(node as u8));
         }
     }
 

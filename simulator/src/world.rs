@@ -751,6 +751,10 @@ impl World {
         }
         if probe.role == Role::Detached && self.nodes[node].core.is_some() {
             self.log(|| format!("node {node}: detached, process ends"));
+            if probe.failed {
+                // Nothing of this was in order: what its disk still had to do nobody knows.
+                self.oracle.killed(self.now, node);
+            }
             self.end_process(node);
             return;
         }
@@ -762,8 +766,10 @@ impl World {
             self.oracle
                 .held_by(node, probe.in_sync.union(probe.required));
         }
+        // (An old image says so, too, of what it held once.)
         if matches!(probe.state, CopyState::UpToDate | CopyState::Complete)
             && probe.role == Role::Secondary
+            && !self.nodes[node].restored
         {
             self.oracle.filled_again(node);
         }

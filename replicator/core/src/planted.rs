@@ -65,8 +65,18 @@ mod on {
         /// The invariants it breaks (`docs/core.md`).
         pub breaks: &'static str,
         pub what: &'static str,
-        /// The simulator is known to notice it (`docs/simulator.md` has those that it does not, and why).
-        pub noticed: bool,
+        /// What is known to notice it (`docs/simulator.md` has those that nothing does, and why).
+        pub noticed: Noticed,
+    }
+
+    /// By what a defect is noticed.
+    #[derive(Clone, Copy, PartialEq, Eq, Debug)]
+    pub enum Noticed {
+        /// Seeds of the simulator.
+        Seeds,
+        /// Its enumeration of all schedules.
+        Schedules,
+        Nothing,
     }
 
     const fn defect(name: &'static str, breaks: &'static str, what: &'static str) -> Defect {
@@ -74,13 +84,20 @@ mod on {
             name,
             breaks,
             what,
-            noticed: true,
+            noticed: Noticed::Seeds,
+        }
+    }
+
+    const fn scheduled(name: &'static str, breaks: &'static str, what: &'static str) -> Defect {
+        Defect {
+            noticed: Noticed::Schedules,
+            ..defect(name, breaks, what)
         }
     }
 
     const fn unseen(name: &'static str, breaks: &'static str, what: &'static str) -> Defect {
         Defect {
-            noticed: false,
+            noticed: Noticed::Nothing,
             ..defect(name, breaks, what)
         }
     }
@@ -92,7 +109,7 @@ mod on {
         defect("early-completion", "D1", "a write completes although a member of S has not acknowledged it"),
         defect("received-is-acknowledged", "D1", "in sync mode, received counts as written"),
         defect("lost-leg-completes", "D1, C1", "a leg that is gone counts as done before S is committed without it"),
-        defect("acknowledged-forever", "D1", "what a copy acknowledged before its session ended counts, although it may have lost it since"),
+        scheduled("acknowledged-forever", "D1", "what a copy acknowledged before its session ended counts, although it may have lost it since"),
         defect("generation-unknown", "D10", "a write completes in a generation that the other copy does not hold yet"),
         unseen("cools-early", "D7", "an extent cools before its bits are durable"),
         defect("log-forgotten", "D7", "an unclean attach makes no bits of what was hot"),
@@ -188,6 +205,23 @@ mod on {
         defect("mirrored-before-copied", "D8", "a write is mirrored into a block that is still to be copied"),
         defect("inconsistent-is-promoted", "D11", "a copy in the middle of a resync is promoted"),
         defect("outside-s-is-promoted", "C1, D11", "a copy outside S goes on unasked"),
+        scheduled("row-1-swapped", "D9", "row 1 (the copies cannot be compared) comes to the opposite of what the table says"),
+        scheduled("row-2-swapped", "D9", "row 2 (one disk failed) comes to the opposite of what the table says"),
+        scheduled("row-3-swapped", "D9", "row 3 (both blank) comes to the opposite of what the table says"),
+        scheduled("row-4-swapped", "D9", "row 4 (one blank) comes to the opposite of what the table says"),
+        scheduled("row-5-swapped", "D9", "row 5 (one went back in time) comes to the opposite of what the table says"),
+        scheduled("row-6-swapped", "D9", "row 6 (one epoch number with two owners) comes to the opposite of what the table says"),
+        scheduled("row-7-swapped", "D9", "row 7 (one in the middle of a resync) comes to the opposite of what the table says"),
+        scheduled("row-8-swapped", "D9", "row 8 (both in the middle of a resync) comes to the opposite of what the table says"),
+        scheduled("row-9-swapped", "D9", "row 9 (the same) comes to the opposite of what the table says"),
+        scheduled("row-10-swapped", "D9", "row 10 (a secondary stopped uncleanly) comes to the opposite of what the table says"),
+        scheduled("row-11-swapped", "D9", "row 11 (a primary stopped uncleanly) comes to the opposite of what the table says"),
+        scheduled("row-12-swapped", "D9", "row 12 (both stopped uncleanly) comes to the opposite of what the table says"),
+        scheduled("row-13-swapped", "D9", "row 13 (one is some writes behind) comes to the opposite of what the table says"),
+        scheduled("row-14-swapped", "D9", "row 14 (one is a generation behind) comes to the opposite of what the table says"),
+        scheduled("row-15-swapped", "D9", "row 15 (one is behind, with acknowledged writes of its own) comes to the opposite of what the table says"),
+        scheduled("row-16-swapped", "D9", "row 16 (both went on alone) comes to the opposite of what the table says"),
+        scheduled("row-17-swapped", "D9", "row 17 (nothing in common) comes to the opposite of what the table says"),
     ];
 
     const NONE: usize = usize::MAX;
