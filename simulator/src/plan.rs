@@ -397,6 +397,8 @@ pub struct Plan {
     pub corrupt_per_million: u64,
     /// How often the costly invariants are looked at.
     pub look_per_mille: u64,
+    /// A refused frame that was good is no failure (docs/simulator.md, "What it does not do").
+    pub refusals_pass: bool,
     /// Clients go on for so long after the last fault, ns; and so long everything must stay quiet before a run is over.
     pub go_on: u64,
     pub quiet: u64,
@@ -470,6 +472,7 @@ impl Plan {
             log_off_per_mille: [0, 0, 0, 300][rng.index(4)],
             corrupt_per_million: if rng.chance(200) { 300 } else { 0 },
             look_per_mille: 20,
+            refusals_pass: false,
             go_on: 1500 * MS,
             quiet: 2500 * MS,
             dropped_requests: BTreeSet::new(),

@@ -364,6 +364,7 @@ pub(crate) fn plan(shape: &Shape, bases: &[Base], schedule: &[Step], seed: u64) 
         log_off_per_mille: if shape.log { 0 } else { 1000 },
         corrupt_per_million: 0,
         look_per_mille: 1000,
+        refusals_pass: true,
         go_on: 300 * MS,
         quiet: 600 * MS,
         dropped_requests: BTreeSet::new(),
