@@ -80,14 +80,8 @@ impl Core {
         let Relation::Greeting { sent: None, .. } = self.peers[at].relation else {
             return;
         };
-        // Facts are told when they are durable; every event looks again whether they are.
-        if self.commit_pending() || self.size_on_its_way() || !self.store.may_meet() {
-            return;
-        }
-        // What an earlier session or role left in flight is finished first: facts are told when they are true.
-        // A primary's own writes go on meanwhile: what they are is bits until the meeting is settled.
-        let unfinished = self.role != Role::Primary && self.applying();
-        if unfinished || matches!(self.role, Role::Promoting | Role::Demoting) || self.dropping {
+        // Every event looks again whether they are.
+        if !self.facts_are_true() {
             return;
         }
         // Its primary speaks for what it sent.
@@ -105,6 +99,55 @@ impl Core {
         }
         self.send_body(at, FrameKind::Hello, Body::Hello(Box::new(hello)), out);
         self.decide_if_met(at, out);
+    }
+
+    /// Facts are told when they are durable and true.
+    fn facts_are_true(&self) -> bool {
+        if self.commit_pending() || self.size_on_its_way() || !self.store.may_meet() {
+            return false;
+        }
+        // What an earlier session or role left in flight is finished first.
+        // A primary's own writes go on meanwhile: what they are is bits until the meeting is settled.
+        let unfinished = self.role != Role::Primary && self.applying();
+        !unfinished && !matches!(self.role, Role::Promoting | Role::Demoting) && !self.dropping
+    }
+
+    /// What this copy would tell that one if they met now. Changes nothing.
+    ///
+    /// # Errors
+    /// It knows no copy there, or nothing that would be true in a moment.
+    pub fn would_tell(&self, slot: Slot) -> Result<Hello, String> {
+        let at = self.peer_index(slot).ok_or("it has no such copy")?;
+        if self.role == Role::Detached {
+            return Err("its copy is detached".into());
+        }
+        if !self.facts_are_true() {
+            return Err(
+                "something that a meeting goes by is on its way to its disk: ask again in a moment"
+                    .into(),
+            );
+        }
+        let facts = self.facts(at);
+        Ok(Hello::new(self.sb.node, self.slot, self.sb.service, facts))
+    }
+
+    /// What would be decided if this copy met that one now, which would tell it this, in words. Changes nothing.
+    ///
+    /// # Errors
+    /// They would not understand each other, or the answer is of another copy.
+    pub fn would_decide(&self, slot: Slot, theirs: &Hello) -> Result<String, String> {
+        let at = self.peer_index(slot);
+        let at = at.filter(|_| theirs.slot == slot && theirs.service == self.sb.service);
+        let Some(at) = at else {
+            return Err("the answer is of another copy".into());
+        };
+        theirs.negotiate().map_err(|error| error.to_string())?;
+        let mine = self.would_tell(slot)?.facts;
+        let record = self.peers[at].met_record.clone().flatten();
+        let decision = handshake::decide(&mine, &theirs.facts, record.as_ref());
+        Ok(handshake::explain(&decision, &|slot| {
+            format!("copy {}", slot.0)
+        }))
     }
 
     /// What is true and durable of this copy, as told to one peer.

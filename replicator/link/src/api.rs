@@ -159,6 +159,13 @@ pub trait LinkHandler: 'static {
         let _ = (peer, service);
         Ok(())
     }
+
+    /// What this node would say of a service to that peer, if they met now: bytes that the link does not read. Changes nothing. An error is the
+    /// reason the peer is told.
+    fn facts(&self, peer: Uuid, service: Uuid) -> Result<Vec<u8>, String> {
+        let _ = (peer, service);
+        Err("it does not say".into())
+    }
 }
 
 /// First 8 bytes of a service id: on every frame of its stream.

@@ -142,6 +142,14 @@ async fn heed<H: LinkHandler>(
             peer.bump();
             None
         }
+        Message::FactsWanted { service, number } => {
+            let facts = context.handler.facts(peer.id, service.0);
+            Some(crate::facts::told(number, facts))
+        }
+        Message::Facts { number, facts } => {
+            peer.questions.answered(number, facts);
+            None
+        }
     }
 }
 
@@ -208,6 +216,8 @@ async fn serve<H: LinkHandler>(
         connection.close(code_to(GoodbyeCode::Shutdown), b"");
     }
     let mut changed = peer.changed.subscribe();
+    // Questions wait for a connection.
+    peer.bump();
     report(
         &*context.handler,
         LinkEvent::PeerUp {

@@ -11,7 +11,7 @@ use serde::{Deserialize, Serialize};
 pub(crate) const VERSION: u32 = 1;
 pub(crate) const OLDEST: u32 = 1;
 /// Longest message in bytes.
-const MAX_MESSAGE: usize = 16 << 10;
+const MAX_MESSAGE: usize = 64 << 10;
 /// Longest reason of a refusal in bytes.
 const MAX_REASON: usize = 1024;
 /// Begins each service stream; the digit is its version.
@@ -30,6 +30,13 @@ pub(crate) enum Message {
     Pinned { fingerprints: Vec<Fingerprint> },
     /// The sender, who does not dial, wants this service now: open its stream.
     Wanted { service: HexId },
+    /// What the receiver would say of this service to the sender, if they met now. Changes nothing.
+    FactsWanted { service: HexId, number: u64 },
+    /// The answer to the question with this number: bytes in hex, or why not.
+    Facts {
+        number: u64,
+        facts: Result<String, String>,
+    },
 }
 
 /// The newest version that both sides speak. Both send their range first, so both find the same.

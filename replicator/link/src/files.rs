@@ -122,6 +122,20 @@ pub(crate) fn hex(bytes: &[u8]) -> String {
         })
 }
 
+/// At most `limit` bytes of pairs of hex digits, or `None`.
+pub(crate) fn unhexed(text: &str, limit: usize) -> Option<Vec<u8>> {
+    if !text.len().is_multiple_of(2)
+        || text.len() / 2 > limit
+        || !text.bytes().all(|b| b.is_ascii_hexdigit())
+    {
+        return None;
+    }
+    (0..text.len())
+        .step_by(2)
+        .map(|at| u8::from_str_radix(&text[at..at + 2], 16).ok())
+        .collect()
+}
+
 /// Bytes of `N` pairs of hex digits, or `None`.
 pub(crate) fn unhex<const N: usize>(text: &str) -> Option<[u8; N]> {
     if text.len() != 2 * N || !text.bytes().all(|b| b.is_ascii_hexdigit()) {

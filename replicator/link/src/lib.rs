@@ -11,6 +11,7 @@ mod control;
 mod dial;
 mod drive;
 mod error;
+mod facts;
 mod files;
 mod identity;
 mod join;

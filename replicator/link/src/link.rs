@@ -8,6 +8,7 @@ use crate::connection::Context;
 use crate::control::Message;
 use crate::dial;
 use crate::error::LinkError;
+use crate::facts::{self, Questions};
 use crate::files::HexId;
 use crate::identity::Identity;
 use crate::peers::PeerStore;
@@ -78,6 +79,7 @@ pub(crate) struct PeerLink {
     pub changed: watch::Sender<u64>,
     pub connection: RefCell<Option<Current>>,
     pub last_failure: RefCell<Option<String>>,
+    pub questions: Questions,
 }
 
 /// The connection in use.
@@ -97,17 +99,19 @@ impl PeerLink {
     }
 
     pub fn wants_any(&self) -> bool {
-        !self.wanted.borrow().is_empty()
+        !self.wanted.borrow().is_empty() || self.questions.any()
     }
 
     pub fn bump(&self) {
         self.changed.send_modify(|count| *count += 1);
     }
 
-    fn tell(&self, message: Message) {
-        if let Some(current) = &*self.connection.borrow() {
-            // The connection ended just now: the next one begins with everything there is to say.
-            let _ = current.messages.send(message);
+    /// True if it is on its way.
+    pub fn tell(&self, message: Message) -> bool {
+        match &*self.connection.borrow() {
+            // If the connection ended just now, the next one begins with everything there is to say.
+            Some(current) => current.messages.send(message).is_ok(),
+            None => false,
         }
     }
 
@@ -133,6 +137,7 @@ impl Shared {
             changed: watch::Sender::new(0),
             connection: RefCell::new(None),
             last_failure: RefCell::new(None),
+            questions: Questions::default(),
         });
         self.peers.borrow_mut().insert(id, peer.clone());
         if peer.dials {
@@ -322,6 +327,18 @@ impl Link {
             }
             link.bump();
         }
+    }
+
+    /// What the peer would say of this service if the two met now, as its [`LinkHandler::facts`] gives it. Nothing changes on either side, and
+    /// the service need not be wanted on any.
+    ///
+    /// # Errors
+    /// A sentence that follows the peer's name: it is no peer, it can't be reached within two seconds, or why it does not say.
+    pub async fn facts(&self, peer: Uuid, service: Uuid) -> Result<Vec<u8>, String> {
+        let Some(link) = self.shared.peer(peer) else {
+            return Err("it never joined".into());
+        };
+        facts::ask(&link, service, 2 * self.shared.tuning.attempt).await
     }
 
     /// Replaces the ways to reach a peer, best first, instead of the addresses it gave when it joined. A connection in use stays.

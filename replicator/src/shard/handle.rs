@@ -1,10 +1,12 @@
 //! How the rest of the process speaks with a shard: by message, so that nothing outside its thread touches it.
 
 use super::driver::Shard;
-use super::service::{HUNG_STOP_SECONDS, LONGEST_STOP_SECONDS};
+use super::service::{HUNG_STOP_SECONDS, LONGEST_STOP_SECONDS, Service};
 use super::start::Attacher;
 use crate::control::node::Node;
-use crate::control::protocol::{EventReport, LevelName, NodeStatus, ServiceReport, StateName};
+use crate::control::protocol::{
+    EventReport, LevelName, LinkName, NodeStatus, ServiceReport, StateName,
+};
 use crate::control::render::{met, timestamp};
 use crate::events::{EventLog, now_ms};
 use crate::observed::Observed;
@@ -13,6 +15,7 @@ use holdfast_link::{Identity, Peer, PeerStore};
 use holdfast_replicator_core::api::{AdminResult, Command, Refusal, RefusalKind, Role};
 use holdfast_replicator_core::status::LinkState;
 
+use holdfast_wire_format::ids::Slot;
 use holdfast_wire_format::metadata::CopyState;
 use std::rc::Rc;
 use std::sync::{Arc, Mutex, PoisonError};
@@ -40,6 +43,12 @@ pub(crate) enum Message {
         service: String,
         disk: bool,
         answer: oneshot::Sender<AdminResult>,
+    },
+    /// What the copy of this service here and the one in that slot would agree on if they met now, in words; or why the peer does not say.
+    Foresee {
+        service: String,
+        slot: Slot,
+        answer: oneshot::Sender<Result<String, String>>,
     },
     /// Peers and certificates were read again; answered when the link knows.
     Reload(oneshot::Sender<()>),
@@ -284,20 +293,42 @@ impl Node for NodeHandle {
                 next: "`holdfast status` lists the peers".into(),
             });
         };
-        if peer_report.handshake.is_empty() {
-            return Err(Refusal {
+        let last = match peer_report.handshake.as_str() {
+            "" => "they have not met since this process began".to_owned(),
+            handshake => format!("{}\n{handshake}", met(peer_report)),
+        };
+        if matches!(peer_report.link, LinkName::Established | LinkName::Resync) {
+            return Ok(format!("nothing is to be decided now: {last}"));
+        }
+        let (answer, told) = oneshot::channel();
+        let message = Message::Foresee {
+            service: service.to_owned(),
+            slot: Slot(peer_report.slot),
+            answer,
+        };
+        let foreseen = match self.shared.shard.send(message).await {
+            Ok(()) => told.await.ok(),
+            Err(_) => None,
+        };
+        match foreseen {
+            None => Err(Self::stopping(&format!("of service {service}"))),
+            Some(Ok(text)) => Ok(format!(
+                "if {} and {peer} connected now (nothing was changed):\n{text}\n\n{last}",
+                self.shared.name
+            )),
+            Some(Err(why)) if !peer_report.handshake.is_empty() => Ok(format!(
+                "{peer} does not say what it has now: {why}\n\n{last}"
+            )),
+            Some(Err(why)) => Err(Refusal {
                 kind: RefusalKind::Refused,
-                what: format!(
-                    "the copies of {service} here and on {peer} have not met since this process began"
-                ),
+                what: format!("{peer} does not say what it has: {why}; {last}"),
                 kept: match peer_report.last_error.as_str() {
                     "" => format!("The link is {}", peer_report.link),
                     error => format!("The link is {}; last error: {error}", peer_report.link),
                 },
-                next: "Check that the peer runs and can be reached".into(),
-            });
+                next: "Check that the peer runs and can be reached, or ask there".into(),
+            }),
         }
-        Ok(format!("{}\n{}", met(peer_report), peer_report.handshake))
     }
 
     fn events(&self) -> (Vec<EventReport>, broadcast::Receiver<EventReport>) {
@@ -393,6 +424,17 @@ pub(super) async fn answer_messages(
                 let result = attach_again(&shard, &attacher, &service, disk).await;
                 let _ = answer.send(result);
             }
+            Message::Foresee {
+                service,
+                slot,
+                answer,
+            } => {
+                let shard = shard.clone();
+                // It waits for another node; other messages do not wait for it.
+                tokio::task::spawn_local(async move {
+                    let _ = answer.send(foresee(&shard, &service, slot).await);
+                });
+            }
             Message::Reload(answer) => {
                 shard.reload();
                 let _ = answer.send(());
@@ -404,6 +446,23 @@ pub(super) async fn answer_messages(
             }
         }
     }
+}
+
+/// Asks the peer what it would say, and has the core decide from that, changing nothing.
+async fn foresee(shard: &Rc<Shard>, service: &str, slot: Slot) -> Result<String, String> {
+    let of = |services: &mut Vec<Service>| services.iter().position(|s| s.name == service);
+    let peer = shard.with_services(|services| {
+        let at = of(services)?;
+        let peer = services[at].peers.iter().find(|peer| peer.slot == slot)?;
+        Some(peer.link)
+    });
+    let peer = peer.ok_or("there is no such copy")?;
+    let hello = shard.link().facts(peer).await?;
+    shard.with_services(|services| {
+        let at = of(services).ok_or("the service is gone")?;
+        let decided = services[at].core.would_decide(slot, &hello)?;
+        Ok(services[at].named(&decided))
+    })
 }
 
 /// A service that this process gave up is taken up again, from its disks as they are now: with a new core, as at a start.

@@ -14,7 +14,7 @@ use holdfast_link::{
 };
 use holdfast_replicator_core::api::{Event, SessionId};
 use holdfast_replicator_core::words;
-use holdfast_wire_format::frame::{Body, FrameHeader, GoodbyeCode};
+use holdfast_wire_format::frame::{Body, FrameHeader, FrameKind, GoodbyeCode, Hello};
 use holdfast_wire_format::frame_codec::{FrameError, decode_body, encode_body};
 use holdfast_wire_format::ids::{Slot, Uuid};
 use std::cell::{OnceCell, RefCell};
@@ -98,6 +98,24 @@ impl LinkHandler for Handler {
         if let Some(shard) = self.0.shard.get().and_then(Weak::upgrade) {
             shard.pump();
         }
+    }
+
+    fn facts(&self, peer: Uuid, service: Uuid) -> Result<Vec<u8>, String> {
+        let asked = PeerRef {
+            node: peer,
+            service,
+        };
+        let routes = self.0.routes.borrow();
+        let route = routes.get(&asked).map(|route| (route.service, route.slot));
+        let shard = self.0.shard.get().and_then(Weak::upgrade);
+        let (Some((at, slot)), Some(shard)) = (route, shard) else {
+            return Err("it has no such service with this node".into());
+        };
+        let hello = shard.with_services(|services| {
+            let service = services.get(at).ok_or("it has no such copy")?;
+            service.core.would_tell(slot)
+        })?;
+        Ok(encode_body(&Body::Hello(Box::new(hello))))
     }
 
     async fn alloc(&self, service: Uuid, _header: &FrameHeader, len: usize) -> ReceiveBuf {
@@ -319,6 +337,16 @@ impl LinkPort {
     /// Peers and certificates were read again.
     pub fn reload(&self) {
         self.link.reload();
+    }
+
+    /// What the copy there would say of itself if the two met now. Changes nothing on either side.
+    pub async fn facts(&self, peer: PeerRef) -> Result<Hello, String> {
+        let bytes = self.link.facts(peer.node, peer.service).await?;
+        match decode_body(FrameKind::Hello, &bytes) {
+            Ok(Body::Hello(hello)) => Ok(*hello),
+            Ok(_) => Err("it answers with something else".into()),
+            Err(error) => Err(error.to_string()),
+        }
     }
 
     /// What arrived since the last look, as events of the services.

@@ -2,6 +2,7 @@
 
 mod attach;
 mod child;
+mod explain;
 mod grow;
 mod grow_online;
 mod lag;
