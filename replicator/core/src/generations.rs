@@ -95,28 +95,11 @@ impl Core {
             && self.sb.state == CopyState::Complete;
         match self.peers[at].relation {
             // An earlier primary announced it already.
-            Relation::Established if self.sb.generations.iter().any(|g| g.id == generation.id) => {
-                self.commit(
-                    Then::GenerationStored {
-                        peer: at,
-                        session,
-                        generation: generation.id,
-                    },
-                    out,
-                );
-            }
+            Relation::Established if self.sb.generations.iter().any(|g| g.id == generation.id) => {}
             Relation::Target | Relation::TargetPreparing if !completing => {
                 // Recorded with Complete; until then this copy is a target of the source's line anyway.
                 self.sb.target_of = generation.id;
                 self.peers[at].target.generation_base = Some(header.position);
-                self.commit(
-                    Then::GenerationStored {
-                        peer: at,
-                        session,
-                        generation: generation.id,
-                    },
-                    out,
-                );
             }
             Relation::Established | Relation::Target => {
                 if generation.parent != self.generation() {
@@ -134,19 +117,18 @@ impl Core {
                 self.sb.generation_base = header.position;
                 self.unclean_start = false;
                 self.was_primary_before = false;
-                self.commit(
-                    Then::GenerationStored {
-                        peer: at,
-                        session,
-                        generation: generation.id,
-                    },
-                    out,
-                );
             }
             _ => {
                 self.bad_frame(at, "a generation out of turn", out);
+                return;
             }
         }
+        let stored = Then::GenerationStored {
+            peer: at,
+            session,
+            generation: generation.id,
+        };
+        self.commit(stored, out);
     }
 
     pub(crate) fn generation_stored(

@@ -48,6 +48,18 @@ async fn whole(node: &TestNode) {
     .await;
 }
 
+/// Both run and are in sync, the first one is primary.
+async fn serve(nodes: &mut [TestNode; 2], settings: &Settings) {
+    let address = nodes[0].start(settings, None).await;
+    nodes[1].start(settings, Some(address)).await;
+    whole(&nodes[0]).await;
+    nodes[0]
+        .command(Command::Promote { force: false })
+        .await
+        .unwrap();
+    whole(&nodes[0]).await;
+}
+
 fn block(number: u64) -> Vec<u8> {
     let mut block = vec![0xa5; 4096];
     block[..8].copy_from_slice(&number.to_le_bytes());
@@ -70,14 +82,7 @@ async fn a_pair_grows_under_load_old_connections_keep_their_size_and_new_ones_se
         for node in &nodes {
             create_small(node, &settings);
         }
-        let address = nodes[0].start(&settings, None).await;
-        nodes[1].start(&settings, Some(address)).await;
-        whole(&nodes[0]).await;
-        nodes[0]
-            .command(Command::Promote { force: false })
-            .await
-            .unwrap();
-        whole(&nodes[0]).await;
+        serve(&mut nodes, &settings).await;
         let socket = nodes[0].dir.join("nbd.sock");
         let mut old = {
             let socket = socket.clone();
@@ -152,13 +157,7 @@ async fn a_pair_grows_under_load_old_connections_keep_their_size_and_new_ones_se
             nodes[0].on_disk(2 * AFTER) == nodes[1].on_disk(2 * AFTER),
             "{metadata} {mode}"
         );
-        let address = nodes[0].start(&settings, None).await;
-        nodes[1].start(&settings, Some(address)).await;
-        whole(&nodes[0]).await;
-        nodes[0]
-            .command(Command::Promote { force: false })
-            .await
-            .unwrap();
+        serve(&mut nodes, &settings).await;
         blocking(move || {
             let mut nbd = Nbd::open(&socket, "data").unwrap();
             assert_eq!(nbd.size, 2 * AFTER);
@@ -183,14 +182,7 @@ async fn a_copy_that_is_away_or_cannot_make_room_keeps_all_of_them_at_the_old_si
     for node in &nodes {
         create_small(node, &settings);
     }
-    let address = nodes[0].start(&settings, None).await;
-    nodes[1].start(&settings, Some(address)).await;
-    whole(&nodes[0]).await;
-    nodes[0]
-        .command(Command::Promote { force: false })
-        .await
-        .unwrap();
-    whole(&nodes[0]).await;
+    serve(&mut nodes, &settings).await;
     // Something that is no file stands where the other copy's new metadata would be written.
     let in_the_way = nodes[1].dir.join("meta.img.grown");
     std::fs::create_dir(&in_the_way).unwrap();
