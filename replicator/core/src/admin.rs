@@ -114,8 +114,22 @@ impl Core {
     fn invalidate(&mut self, admin: AdminId, out: &mut Actions) {
         // What serves for a primary without a disk alone has what that one completed (D13).
         let serves = self.peers.iter().any(|p| p.diskless);
+        // C1: a member of S has every acknowledged write, and what it says elsewhere of others may be old: another one of S, or the primary,
+        // must be there to have them. (Copies that parted for good, or a history that nobody believes, are a person's to settle.)
+        let member = self.sb.in_sync.contains(self.slot)
+            && matches!(self.sb.state, CopyState::UpToDate | CopyState::Complete)
+            && !crate::handshake::broken_history(&self.own_facts())
+            && !planted!("last-member-invalidated");
+        let parted = |p: &Peer| matches!(p.row, Some(Row::R6 | Row::R15 | Row::R16));
+        let has_all = |p: &Peer| {
+            matches!(p.relation, Relation::Established)
+                && p.their_state != Some(CopyState::Failed)
+                && (p.is_primary || self.sb.in_sync.contains(p.slot))
+        };
+        let alone = member && !self.peers.iter().any(|p| has_all(p) || parted(p));
         let only_good = self.is_primary_like()
             || serves
+            || alone
             || !self.peers.iter().any(|p| {
                 matches!(
                     p.their_state,
@@ -124,7 +138,8 @@ impl Core {
             });
         if only_good {
             let text = refusal(
-                "this copy is primary, or serves for one whose disk failed, or no other copy is known to hold the data",
+                "this copy is primary, or serves for one whose disk failed, or no other copy that holds all of the data is known (or connected, \
+                 where this one is in sync)",
                 "Nothing was discarded",
                 "Demote it, connect a copy that is up to date, then invalidate this one",
             );

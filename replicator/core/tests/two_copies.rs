@@ -936,3 +936,31 @@ fn a_copy_that_could_complete_nothing_is_the_target() {
 fn superblock_of(w: &World, n: usize) -> Superblock {
     world::story::on_disk(w, n)
 }
+
+/// C1, D11: the one copy that is left of S is not invalidated, whatever it was told of the other before.
+#[test]
+fn the_last_member_of_s_that_is_connected_is_not_invalidated() {
+    for seed in 0..10 {
+        let mut w = World::new(seed, &[Mode::Sync; 2], OnPeerLoss::Suspend, &[SIZE], true);
+        w.start(0);
+        w.start(1);
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1]));
+        w.promote(0, false).unwrap_or_else(|e| panic!("{e}"));
+        let write = w.write(0, 0, 8192, vec![7; 4096], false);
+        w.until("it completes", 20_000, |w| w.status_of(0, write).is_some());
+        w.crash(0, seed % 2 == 0);
+        let refusal = w.command(1, Command::Invalidate).unwrap_err();
+        assert!(
+            refusal.what.contains("where this one is in sync"),
+            "seed {seed}: {refusal}"
+        );
+        // Beside the other one it may be.
+        w.start(0);
+        w.until("they agree", 40_000, |w| w.settled(&[0, 1]));
+        w.command(1, Command::Invalidate)
+            .unwrap_or_else(|e| panic!("seed {seed}: {e}"));
+        w.until("it is filled", 100_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(1)
+        });
+    }
+}
