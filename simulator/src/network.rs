@@ -371,6 +371,7 @@ impl World {
                 && self.network.rng.below(1_000_000) < self.plan.corrupt_per_million
             {
                 // The frame's CRC finds it: nothing of it is delivered, nor anything after it.
+                c.queue[to].clear();
                 self.coverage.count("faults", "corrupt frame");
                 return self.break_connection(id, true, "a frame was damaged on the way");
             }

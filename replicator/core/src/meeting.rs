@@ -418,7 +418,16 @@ impl Core {
         }
         // Two copies that both follow a third, live primary leave each other alone. If one of them does, both wait: the
         // other gets what it lacks from that primary, and what they would decide is over with its next write.
-        let no_primary = !theirs.is_primary && !self.is_primary_like();
+        // (D14: who hears of a newer epoch here is no primary any more, for both sides alike. With a register the record says who is.)
+        let stays = |a: &Facts, b: &Facts| {
+            a.is_primary
+                && (a.epoch.number >= b.epoch.number || planted!("superseded-takes-followers"))
+        };
+        let no_primary = if self.store.is_cluster() {
+            !theirs.is_primary && !self.is_primary_like()
+        } else {
+            !stays(theirs, mine) && !stays(mine, theirs)
+        };
         if no_primary && mine.follows_third != theirs.follows_third {
             let follower = if mine.follows_third { self.slot } else { slot };
             let why = format!(

@@ -127,6 +127,7 @@ mod on {
         defect("others-forgotten", "D7", "a secondary makes no bits toward copies outside S"),
         defect("resync-leaves-no-trace", "D7", "what a resync brought makes no bits toward third copies"),
         unseen("demoted-says-all-have-it", "D7", "a demoted primary does not say what a lost member of S lacks"),
+        unseen("superseded-takes-followers", "D14", "a primary that hears of a newer epoch takes a follower of the newer primary"),
         unseen("last-member-invalidated", "C1", "a member of S is invalidated while no other that has every write is connected"),
         unseen("kept-beside-a-source", "D8", "what is kept for a force keeps a copy from being filled"),
         unseen("force-by-old-facts", "D11", "a force goes by what a connected follower said when they met, long ago"),

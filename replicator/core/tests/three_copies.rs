@@ -540,3 +540,35 @@ fn a_server_that_a_member_never_heard_of_does_not_go_on_without_it() {
         "{promoted} promoted, {aware} went on"
     );
 }
+
+/// D14, C1: a primary that hears of a newer epoch is none from then on, for the other side of that meeting too: a copy that follows the
+/// newer primary is not taken from it.
+#[test]
+fn a_superseded_primary_does_not_take_the_follower_of_another() {
+    let mut reached = 0;
+    for seed in 0..20 {
+        let modes = [Mode::Sync; 3];
+        let mut w = World::new(seed, &modes, OnPeerLoss::Continue, &[SIZE], true);
+        for n in 0..3 {
+            w.start(n);
+        }
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 1);
+        cut(&mut w, 0, 2);
+        written(&mut w, 0, 2, 2);
+        w.drop_link(1, 2, "a blip");
+        w.until("the others agree", 40_000, |w| w.settled(&[1, 2]));
+        ok(w.promote(1, true));
+        w.until("copy 2 follows copy 1", 40_000, |w| w.settled(&[1, 2]));
+        // Copies 0 and 2 see each other again; copies 0 and 1 do not.
+        w.cut.retain(|c| *c != (0, 2));
+        w.steps(4000);
+        let met = |n: &Notice| n.kind == "handshake" && n.text.contains("Row 16");
+        reached += usize::from(w.nodes[2].notices.iter().any(met));
+        assert_ne!(on_disk(&w, 2).state, CopyState::Inconsistent, "seed {seed}");
+        assert!(w.settled(&[1, 2]), "seed {seed}");
+    }
+    assert!(reached > 10, "reached {reached} times");
+}
