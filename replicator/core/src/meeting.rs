@@ -816,6 +816,10 @@ impl Core {
         words: &[u64],
         out: &mut Actions,
     ) {
+        if let Relation::Waiting { .. } = self.peers[at].relation {
+            // With a register both read it, at two moments, and may decide differently.
+            return self.meet_again(at, "the other copy decided from another record", out);
+        }
         let in_turn = matches!(
             self.peers[at].relation,
             Relation::SourceWaiting | Relation::Greeting { .. }
