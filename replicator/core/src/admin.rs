@@ -126,23 +126,37 @@ impl Core {
                 && p.their_state != Some(CopyState::Failed)
                 && (p.is_primary || self.sb.in_sync.contains(p.slot))
         };
-        let alone = member && !self.peers.iter().any(|p| has_all(p) || parted(p));
-        let only_good = self.is_primary_like()
-            || serves
-            || alone
-            || !self.peers.iter().any(|p| {
-                matches!(
-                    p.their_state,
-                    Some(CopyState::UpToDate | CopyState::Complete)
-                )
-            });
-        if only_good {
-            let text = refusal(
-                "this copy is primary, or serves for one whose disk failed, or no other copy that holds all of the data is known (or connected, \
-                 where this one is in sync)",
-                "Nothing was discarded",
-                "Demote it, connect a copy that is up to date, then invalidate this one",
-            );
+        let others_whole = self.peers.iter().any(|p| {
+            matches!(
+                p.their_state,
+                Some(CopyState::UpToDate | CopyState::Complete)
+            )
+        });
+        let reason = if self.is_primary_like() {
+            Some((
+                "this copy is primary",
+                "Demote it and promote another copy, then invalidate this one",
+            ))
+        } else if serves {
+            Some((
+                "this copy serves for a primary whose disk failed, and has what that one completed",
+                "Demote the primary, promote this copy, and replace the disk that failed",
+            ))
+        } else if member && !self.peers.iter().any(|p| has_all(p) || parted(p)) {
+            Some((
+                "this copy is in sync, and no other copy that has every acknowledged write is connected",
+                "Connect one, then invalidate this one",
+            ))
+        } else if !others_whole {
+            Some((
+                "no other copy is known to hold the data",
+                "Connect a copy that is up to date, then invalidate this one",
+            ))
+        } else {
+            None
+        };
+        if let Some((why, next)) = reason {
+            let text = refusal(why, "Nothing was discarded", next);
             return out.push(Action::AdminDone {
                 admin,
                 result: Err(text),

@@ -133,6 +133,11 @@ impl ClusterStore {
         self.again.is_some() || self.unknown()
     }
 
+    /// The newest record that is known to be committed.
+    pub fn known(&self) -> Option<&StoreRecord> {
+        self.record.as_ref()
+    }
+
     /// The record does not count on this disk: only a person promotes it.
     pub fn stranger(&self) -> bool {
         self.stranger

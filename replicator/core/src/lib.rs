@@ -14,6 +14,7 @@ pub mod bitmap;
 mod cluster_store;
 mod congestion;
 mod diskless;
+mod foresee;
 mod generations;
 mod growth;
 pub mod handshake;

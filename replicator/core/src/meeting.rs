@@ -102,7 +102,7 @@ impl Core {
     }
 
     /// Facts are told when they are durable and true.
-    fn facts_are_true(&self) -> bool {
+    pub(crate) fn facts_are_true(&self) -> bool {
         if self.commit_pending() || self.size_on_its_way() || !self.store.may_meet() {
             return false;
         }
@@ -110,44 +110,6 @@ impl Core {
         // A primary's own writes go on meanwhile: what they are is bits until the meeting is settled.
         let unfinished = self.role != Role::Primary && self.applying();
         !unfinished && !matches!(self.role, Role::Promoting | Role::Demoting) && !self.dropping
-    }
-
-    /// What this copy would tell that one if they met now. Changes nothing.
-    ///
-    /// # Errors
-    /// It knows no copy there, or nothing that would be true in a moment.
-    pub fn would_tell(&self, slot: Slot) -> Result<Hello, String> {
-        let at = self.peer_index(slot).ok_or("it has no such copy")?;
-        if self.role == Role::Detached {
-            return Err("its copy is detached".into());
-        }
-        if !self.facts_are_true() {
-            return Err(
-                "something that a meeting goes by is on its way to its disk: ask again in a moment"
-                    .into(),
-            );
-        }
-        let facts = self.facts(at);
-        Ok(Hello::new(self.sb.node, self.slot, self.sb.service, facts))
-    }
-
-    /// What would be decided if this copy met that one now, which would tell it this, in words. Changes nothing.
-    ///
-    /// # Errors
-    /// They would not understand each other, or the answer is of another copy.
-    pub fn would_decide(&self, slot: Slot, theirs: &Hello) -> Result<String, String> {
-        let at = self.peer_index(slot);
-        let at = at.filter(|_| theirs.slot == slot && theirs.service == self.sb.service);
-        let Some(at) = at else {
-            return Err("the answer is of another copy".into());
-        };
-        theirs.negotiate().map_err(|error| error.to_string())?;
-        let mine = self.would_tell(slot)?.facts;
-        let record = self.peers[at].met_record.clone().flatten();
-        let decision = handshake::decide(&mine, &theirs.facts, record.as_ref());
-        Ok(handshake::explain(&decision, &|slot| {
-            format!("copy {}", slot.0)
-        }))
     }
 
     /// What is true and durable of this copy, as told to one peer.
@@ -394,6 +356,28 @@ impl Core {
         }
     }
 
+    /// Two copies that both follow a third, live primary leave each other alone. If one of them does, both wait: the
+    /// other gets what it lacks from that primary, and what they would decide is over with its next write.
+    pub(crate) fn third_primary(&self, mine: &Facts, theirs: &Facts) -> Third {
+        // D14: who hears of a newer epoch here is no primary any more, for both sides alike. With a register the record says who is.
+        let stays = |a: &Facts, b: &Facts| {
+            a.is_primary
+                && (a.epoch.number >= b.epoch.number || planted!("superseded-takes-followers"))
+        };
+        let primary = if self.store.is_cluster() {
+            theirs.is_primary || self.is_primary_like()
+        } else {
+            stays(theirs, mine) || stays(mine, theirs)
+        };
+        match (mine.follows_third, theirs.follows_third) {
+            _ if primary => Third::No,
+            (false, false) => Third::No,
+            (true, true) => Third::LeadsBoth,
+            (true, false) => Third::LeadsOne(mine.slot),
+            (false, true) => Third::LeadsOne(theirs.slot),
+        }
+    }
+
     fn carry_out(
         &mut self,
         at: usize,
@@ -416,30 +400,15 @@ impl Core {
             // Both took the same number, and only that copy was promoted in it: its frames are the ones to take.
             self.sb.epoch_gate = theirs.epoch;
         }
-        // Two copies that both follow a third, live primary leave each other alone. If one of them does, both wait: the
-        // other gets what it lacks from that primary, and what they would decide is over with its next write.
-        // (D14: who hears of a newer epoch here is no primary any more, for both sides alike. With a register the record says who is.)
-        let stays = |a: &Facts, b: &Facts| {
-            a.is_primary
-                && (a.epoch.number >= b.epoch.number || planted!("superseded-takes-followers"))
-        };
-        let no_primary = if self.store.is_cluster() {
-            !theirs.is_primary && !self.is_primary_like()
-        } else {
-            !stays(theirs, mine) && !stays(mine, theirs)
-        };
-        if no_primary && mine.follows_third != theirs.follows_third {
-            let follower = if mine.follows_third { self.slot } else { slot };
-            let why = format!(
-                "copy {} follows a primary that is connected to it alone",
-                follower.0
-            );
+        let third = self.third_primary(mine, theirs);
+        if let Third::LeadsOne(_) = third {
+            let why = third.words();
             self.peers[at].last_error = why.clone();
             self.notice(Level::Info, "waiting", Some(slot), why, out);
             self.peers[at].relation = Relation::Waiting { since: self.now };
             return;
         }
-        if no_primary && mine.follows_third {
+        if third == Third::LeadsBoth {
             self.peers[at].relation = Relation::Agreeing;
             self.send_body(at, FrameKind::Ready, Body::Empty, out);
             if self.peers[at].ready_received {
@@ -817,7 +786,7 @@ impl Core {
         out: &mut Actions,
     ) {
         if let Relation::Waiting { .. } = self.peers[at].relation {
-            // With a register both read it, at two moments, and may decide differently.
+            // With a register both read it, at two moments, and may come to different ends.
             return self.meet_again(at, "the other copy decided from another record", out);
         }
         let in_turn = matches!(
@@ -933,10 +902,31 @@ impl Core {
     }
 }
 
+/// Whether a primary that is none of the two that meet leads them.
+#[derive(Clone, Copy, PartialEq, Eq, Debug)]
+pub(crate) enum Third {
+    No,
+    LeadsOne(Slot),
+    LeadsBoth,
+}
+
+impl Third {
+    pub(crate) fn words(self) -> String {
+        match self {
+            Third::No => "no third copy is primary".into(),
+            Third::LeadsOne(follower) => format!(
+                "copy {} follows a primary that is connected to it alone",
+                follower.0
+            ),
+            Third::LeadsBoth => "both follow a primary that is connected to both".into(),
+        }
+    }
+}
+
 /// Where the record says who is promoted, copies are filled by a primary alone: which of two followers should be the other's source
 /// depends on who is promoted next, and a member of S that was being filled could not be. Without the record only what follows from a
 /// live primary is carried out.
-fn waits_for_primary(
+pub(crate) fn waits_for_primary(
     mine: &Facts,
     theirs: &Facts,
     record_read: bool,

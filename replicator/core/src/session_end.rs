@@ -232,7 +232,16 @@ impl Core {
     /// This copy goes on without a person's word: without what it kept for one.
     pub(crate) fn drop_kept(&mut self, out: &mut Actions) {
         for at in 0..self.peers.len() {
-            if self.peers[at].inbox.kept.is_some() {
+            let inbox = &self.peers[at].inbox;
+            if inbox.kept.is_some() {
+                let (writes, slot) = (inbox.kept_writes(), self.peers[at].slot);
+                if writes > 0 {
+                    let text = format!(
+                        "{writes} writes that came from copy {} before the link was lost, and were not known to be stable, are given up",
+                        slot.0
+                    );
+                    self.notice(Level::Warning, "received-dropped", Some(slot), text, out);
+                }
                 self.drop_inbox(at, out);
             }
         }

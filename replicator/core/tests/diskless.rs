@@ -456,10 +456,7 @@ fn a_member_that_is_away_is_remembered_by_the_server() {
         });
         w.crash(0, false);
         w.cut.clear();
-        w.until("copies 1 and 2 meet", 100_000, |w| {
-            let equal = w.nodes[1].disk.data == w.nodes[2].disk.data;
-            w.settled(&[1, 2]) && (equal || w.now.0 > 60_000_000_000)
-        });
+        agree(&mut w, 1, 2);
         assert!(
             holds(&w, 2, 40, 2),
             "seed {seed}: nobody knows that it lacks it"

@@ -278,10 +278,7 @@ fn what_a_lost_member_lacks_is_known_after_a_demotion() {
             w.steps(300);
             w.crash(0, false);
             w.cut.clear();
-            w.until("copies 1 and 2 meet", 100_000, |w| {
-                let equal = w.nodes[1].disk.data == w.nodes[2].disk.data;
-                w.settled(&[1, 2]) && (equal || w.now.0 > 60_000_000_000)
-            });
+            agree(&mut w, 1, 2);
             assert!(
                 w.nodes[1].disk.data == w.nodes[2].disk.data,
                 "seed {seed}: nobody knows that they differ"
@@ -479,8 +476,8 @@ fn what_is_kept_for_a_force_is_given_up_when_another_copy_fills_it() {
         w.steps(2000);
         w.drop_link(1, 2, "a blip");
         w.until("they meet", 40_000, |w| w.settled(&[1, 2]));
-        let filled = w.nodes[2].notices.iter().any(|n| n.kind == "resync-target");
-        reached += usize::from(filled);
+        reached +=
+            usize::from(noticed(&w, 2, "resync-target") && noticed(&w, 2, "received-dropped"));
         ok(w.promote(1, false));
         w.until("copy 2 has everything", 100_000, |w| {
             (0..8).all(|block| holds(w, 2, block, 1))

@@ -1,9 +1,9 @@
 //! The story that undo tests begin with: a pair whose target fell behind, and a resync that is cut.
 
+pub use super::story::{noticed, on_disk};
 use super::*;
 use holdfast_replicator_core::status::UndoStatus;
 use holdfast_wire_format::layout::Layout;
-use holdfast_wire_format::superblock;
 use holdfast_wire_format::undo_record::{FIRST_RECORD, UndoRecord, decode_head, decode_record};
 
 pub const SIZE: u64 = 1 << 20;
@@ -80,21 +80,6 @@ pub fn state(w: &World, n: usize) -> CopyState {
         .expect("it runs")
         .status(w.now)
         .state
-}
-
-pub fn noticed(w: &World, n: usize, kind: &str) -> bool {
-    w.nodes[n].notices.iter().any(|notice| notice.kind == kind)
-}
-
-/// The newer superblock of a copy's lead volume, as it is on the disk.
-pub fn on_disk(w: &World, n: usize) -> Superblock {
-    let slot = |offset| -> [u8; 4096] {
-        let block = &w.nodes[n].disk.meta[&(0, offset)];
-        block.as_slice().try_into().expect("4 KiB")
-    };
-    superblock::choose(&slot(0), &slot(4096))
-        .expect("a superblock")
-        .0
 }
 
 pub fn has_undo_head(w: &World, n: usize) -> bool {

@@ -37,7 +37,12 @@ pub fn holds(w: &World, n: usize, block: u64, fill: u8) -> bool {
         .all(|b| *b == fill)
 }
 
-/// The newer superblock of a copy, as it is on the disk.
+/// Copy `n` said something of this kind.
+pub fn noticed(w: &World, n: usize, kind: &str) -> bool {
+    w.nodes[n].notices.iter().any(|notice| notice.kind == kind)
+}
+
+/// The newer superblock of a copy's lead volume, as it is on the disk.
 pub fn on_disk(w: &World, n: usize) -> Superblock {
     let slot = |offset| -> [u8; 4096] {
         let block = &w.nodes[n].disk.meta[&(0, offset)];
@@ -46,4 +51,12 @@ pub fn on_disk(w: &World, n: usize) -> Superblock {
     superblock::choose(&slot(0), &slot(4096))
         .expect("a superblock")
         .0
+}
+
+/// These two, neither of which is primary, agree; if they differ they get some time to find out.
+pub fn agree(w: &mut World, a: usize, b: usize) {
+    w.until("the two agree", 100_000, |w| {
+        let equal = w.nodes[a].disk.data == w.nodes[b].disk.data;
+        w.settled(&[a, b]) && (equal || w.now.0 > 60_000_000_000)
+    });
 }
