@@ -22,6 +22,9 @@ use tokio::time::{Instant, sleep, timeout};
 /// A stream that lived this long was a good one: after it, a new one is asked for without a pause.
 const GOOD: Duration = Duration::from_secs(2);
 
+/// Answers to control messages of one peer that may wait to be sent.
+const REPLIES: usize = 4;
+
 /// What every task of a link holds.
 pub(crate) struct Context<H> {
     pub shared: Rc<Shared>,
@@ -234,8 +237,15 @@ async fn serve<H: LinkHandler>(
     }
     let open: Rc<RefCell<HashSet<Uuid>>> = Rc::default();
     let stream_ended = Rc::new(Notify::new());
+    // A peer that asks and does not read is not read either.
+    let (replies, mut replied) = mpsc::channel(REPLIES);
     let sending = async {
-        while let Some(message) = outgoing.recv().await {
+        loop {
+            let message = tokio::select! {
+                Some(message) = outgoing.recv() => message,
+                Some(reply) = replied.recv() => reply,
+                else => break,
+            };
             if control::send(&mut send, &message).await.is_err() {
                 break;
             }
@@ -247,7 +257,8 @@ async fn serve<H: LinkHandler>(
             match control::receive(&mut recv).await {
                 Ok(message) => {
                     if let Some(reply) = heed(context, peer, connection, message).await {
-                        let _ = messages.send(reply);
+                        // Nobody takes it any more only when the connection ends.
+                        let _ = replies.send(reply).await;
                     }
                 }
                 Err(reason) => return reason,

@@ -316,12 +316,10 @@ impl Node for NodeHandle {
                 "if {} and {peer} connected now (nothing was changed):\n{text}\n\n{last}",
                 self.shared.name
             )),
-            Some(Err(why)) if !peer_report.handshake.is_empty() => Ok(format!(
-                "{peer} does not say what it has now: {why}\n\n{last}"
-            )),
+            Some(Err(why)) if !peer_report.handshake.is_empty() => Ok(format!("{why}\n\n{last}")),
             Some(Err(why)) => Err(Refusal {
                 kind: RefusalKind::Refused,
-                what: format!("{peer} does not say what it has: {why}; {last}"),
+                what: format!("{why}; {last}"),
                 kept: match peer_report.last_error.as_str() {
                     "" => format!("The link is {}", peer_report.link),
                     error => format!("The link is {}; last error: {error}", peer_report.link),
@@ -454,13 +452,15 @@ async fn foresee(shard: &Rc<Shard>, service: &str, slot: Slot) -> Result<String,
     let peer = shard.with_services(|services| {
         let at = of(services)?;
         let peer = services[at].peers.iter().find(|peer| peer.slot == slot)?;
-        Some(peer.link)
+        Some((peer.link, peer.name.clone()))
     });
-    let peer = peer.ok_or("there is no such copy")?;
-    let hello = shard.link().facts(peer).await?;
+    let (peer, name) = peer.ok_or("there is no such copy")?;
+    let hello = shard.link().facts(peer).await;
+    let hello = hello.map_err(|why| format!("{name} does not say what it has now: {why}"))?;
     shard.with_services(|services| {
         let at = of(services).ok_or("the service is gone")?;
-        let decided = services[at].core.would_decide(slot, &hello)?;
+        let decided = services[at].core.would_decide(slot, &hello);
+        let decided = decided.map_err(|why| format!("nothing can be foretold here: {why}"))?;
         Ok(services[at].named(&decided))
     })
 }
