@@ -16,7 +16,33 @@ impl World {
         for other in 0..self.nodes.len() {
             if other != node {
                 self.d7(node.min(other), node.max(other));
+                self.foretold(node.min(other), node.max(other));
             }
+        }
+    }
+
+    /// D9: two copies that are apart foretell the same of their next meeting. (With a register each goes by what it read last.)
+    fn foretold(&mut self, a: usize, b: usize) {
+        let (Some(core_a), Some(core_b)) = (&self.nodes[a].core, &self.nodes[b].core) else {
+            return;
+        };
+        let apart = self.relation(a, b) == "down" && self.relation(b, a) == "down";
+        if !apart || self.plan.register {
+            return;
+        }
+        let (slot_a, slot_b) = (Slot(a as u8), Slot(b as u8));
+        let (Ok(of_a), Ok(of_b)) = (core_a.would_tell(slot_b), core_b.would_tell(slot_a)) else {
+            return;
+        };
+        let (by_a, by_b) = (
+            core_a.would_decide(slot_b, &of_b),
+            core_b.would_decide(slot_a, &of_a),
+        );
+        self.coverage.count("checks", "foretold");
+        if by_a != by_b {
+            self.fail(format!(
+                "D9: nodes {a} and {b} foretell different ends of their next meeting: {by_a:?} and {by_b:?}"
+            ));
         }
     }
 
