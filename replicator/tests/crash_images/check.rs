@@ -101,7 +101,7 @@ pub struct Before {
 }
 
 /// The area and the node's id, from a backing with metadata.
-pub fn area(bytes: &[u8]) -> (u64, Uuid) {
+fn area(bytes: &[u8]) -> (u64, Uuid) {
     let size = bytes.len() as u64;
     let at = Locator::offset(size).unwrap() as usize;
     let locator = Locator::decode(bytes[at..at + 4096].try_into().unwrap(), size).unwrap();
@@ -113,9 +113,14 @@ pub fn area(bytes: &[u8]) -> (u64, Uuid) {
 }
 
 impl Before {
+    /// As the node's backing is now.
     pub fn of(node: &TestNode, settings: &Settings) -> Before {
-        let bytes = std::fs::read(node.backing()).unwrap();
-        let (metadata_from, id) = area(&bytes);
+        Before::with(node, settings, std::fs::read(node.backing()).unwrap())
+    }
+
+    /// As these bytes are; where the metadata is, the node's backing says now.
+    pub fn with(node: &TestNode, settings: &Settings, bytes: Vec<u8>) -> Before {
+        let (metadata_from, id) = area(&std::fs::read(node.backing()).unwrap());
         Before {
             config: crate::workloads::config(node, settings, None),
             name: node.name,

@@ -1,6 +1,6 @@
 //! What is recorded: each way in which a copy's metadata and data change.
 
-use crate::check::{Before, Check, Rules, area};
+use crate::check::{Before, Check, Rules};
 use crate::client::{Marks, Phase};
 use crate::support::{Nbd, Settings, TestNode, blocking, two_nodes};
 use holdfast_replicator::config::Config;
@@ -131,17 +131,7 @@ async fn creation(what: &'static str, options: CreateOptions, rules: Rules) -> V
     let marks = Arc::new(Marks::begin(&node.dir));
     create(&node.config(&settings, None), "db", &options).unwrap();
     marks.phase(Phase::Made);
-    let (metadata_from, id) = area(&std::fs::read(node.backing()).unwrap());
-    let before = Before {
-        config: config(&node, &settings, None),
-        name: node.name,
-        slots: (node.slot, 1 - node.slot),
-        path: node.backing(),
-        hint: bytes.len() as u64,
-        bytes,
-        metadata_from,
-        node: id,
-    };
+    let before = Before::with(&node, &settings, bytes);
     check(what, vec![before], rules, marks).await
 }
 

@@ -1,28 +1,10 @@
 //! `explain-handshake` says what two copies would agree on if they connected now, changing nothing; and that is what they then agree on.
 
-use crate::support::{Nbd, Settings, TestNode, blocking, two_nodes};
+use crate::support::{Settings, TestNode, pair};
 use holdfast_replicator::control::node::Node as _;
-use holdfast_replicator::control::protocol::{LinkName, ServiceReport, StateName};
+use holdfast_replicator::control::protocol::{LinkName, ServiceReport};
 use holdfast_replicator_core::api::Command;
 use holdfast_wire_format::ids::Slot;
-
-async fn whole(node: &TestNode) -> ServiceReport {
-    node.until("the copies are in sync", |s| {
-        s.peers[0].link == LinkName::Established
-            && s.peers[0].dirty_bytes == 0
-            && s.state == StateName::UpToDate
-    })
-    .await
-}
-
-async fn write(node: &TestNode, offset: u64, fill: u8) {
-    let socket = node.dir.join("nbd.sock");
-    blocking(move || {
-        let mut nbd = Nbd::open(&socket, "data").unwrap();
-        nbd.write(offset, &[fill; 8192], true).unwrap();
-    })
-    .await;
-}
 
 async fn explained(node: &TestNode, peer: &TestNode) -> String {
     let handle = node.replicator.as_ref().unwrap().handle();
@@ -43,19 +25,13 @@ async fn link(node: &TestNode, peer: &TestNode, on: bool) {
 async fn what_is_foretold_is_what_is_decided_then_and_telling_changes_nothing() {
     let root = tempfile::tempdir().unwrap();
     let settings = Settings::default();
-    let mut nodes = two_nodes(root.path());
-    for node in &nodes {
-        node.create(&settings);
-    }
-    let address = nodes[0].start(&settings, None).await;
-    nodes[1].start(&settings, Some(address)).await;
+    let mut nodes = pair(root.path(), &settings).await;
     let (here, there) = (&nodes[0], &nodes[1]);
-    whole(here).await;
     here.command(Command::Promote { force: false })
         .await
         .unwrap();
-    whole(here).await;
-    write(here, 0, 1).await;
+    here.whole().await;
+    here.write(0, 1).await;
     let text = explained(there, here).await;
     assert!(text.starts_with("nothing is to be decided now"), "{text}");
     assert!(text.contains("are connected"), "{text}");
@@ -64,7 +40,7 @@ async fn what_is_foretold_is_what_is_decided_then_and_telling_changes_nothing() 
     for round in 0..2_u8 {
         link(here, there, false).await;
         if round == 1 {
-            write(here, 65536, 2).await;
+            here.write(65536, 2).await;
         }
         let off = |s: &ServiceReport| s.peers[0].link != LinkName::Established;
         there.until("the link is off", off).await;
@@ -107,7 +83,7 @@ async fn what_is_foretold_is_what_is_decided_then_and_telling_changes_nothing() 
         );
         link(there, here, true).await;
         link(here, there, true).await;
-        let report = whole(here).await;
+        let report = here.whole().await;
         // The primary counts on meanwhile, so positions differ.
         let decided = &report.peers[0].handshake;
         let row = decided.split(':').next().unwrap();
@@ -116,7 +92,7 @@ async fn what_is_foretold_is_what_is_decided_then_and_telling_changes_nothing() 
             text.contains(&format!("\n{row}:")) && text.contains(outcome),
             "foretold: {text}\ndecided: {decided}"
         );
-        whole(there).await;
+        there.whole().await;
     }
     for node in &mut nodes {
         node.stop().await;

@@ -3,7 +3,7 @@
 use holdfast_link::{Identity, Peer, PeerStore};
 use holdfast_replicator::config::Config;
 use holdfast_replicator::control::node::Node as _;
-use holdfast_replicator::control::protocol::ServiceReport;
+use holdfast_replicator::control::protocol::{LinkName, ServiceReport, StateName};
 use holdfast_replicator::create::{CreateOptions, create};
 use holdfast_replicator::process::Replicator;
 use holdfast_replicator_core::api::{AdminResult, Command};
@@ -96,6 +96,18 @@ pub fn two_nodes(root: &Path) -> [TestNode; 2] {
         replicator: None,
     };
     [node(0, 1), node(1, 0)]
+}
+
+/// Two nodes whose copies are in sync; nobody is primary.
+pub async fn pair(root: &Path, settings: &Settings) -> [TestNode; 2] {
+    let mut nodes = two_nodes(root);
+    for node in &nodes {
+        node.create(settings);
+    }
+    let address = nodes[0].start(settings, None).await;
+    nodes[1].start(settings, Some(address)).await;
+    nodes[0].whole().await;
+    nodes
 }
 
 impl TestNode {
@@ -211,6 +223,27 @@ impl TestNode {
     }
 
     /// The volume's bytes as they are on this node's disk.
+    /// Waits until this copy and its peer are in sync, and nothing is left to copy.
+    pub async fn whole(&self) -> ServiceReport {
+        self.until("the copies are in sync", |s| {
+            s.peers[0].link == LinkName::Established
+                && s.peers[0].dirty_bytes == 0
+                && s.state == StateName::UpToDate
+                && s.peers[0].state == Some(StateName::UpToDate)
+        })
+        .await
+    }
+
+    /// 8 KiB of the application, durable.
+    pub async fn write(&self, offset: u64, fill: u8) {
+        let socket = self.dir.join("nbd.sock");
+        blocking(move || {
+            let mut nbd = Nbd::open(&socket, "data").unwrap();
+            nbd.write(offset, &[fill; 8192], true).unwrap();
+        })
+        .await;
+    }
+
     pub fn on_disk(&self, size: u64) -> Vec<u8> {
         let mut bytes = vec![0; size as usize];
         std::fs::File::open(self.backing())
