@@ -8,8 +8,15 @@
 //! peer, an extent that cools); bits that were cleared become durable when it suits, because a stale set bit
 //! costs a transfer only. `docs/metadata-in-memory.md` has the states and the order of the writes.
 
+mod page_set;
+mod saving;
+mod words;
+
 use holdfast_wire_format::bitmap_page;
 pub use holdfast_wire_format::bitmap_page::PAGE_WORDS;
+use page_set::PageSet;
+pub use saving::{AfterPage, SaveImage};
+use words::*;
 
 /// Bits of one page; bit `i` is bit `i % 64` of word `i / 64`.
 pub const PAGE_BITS: u64 = bitmap_page::BITS_PER_PAGE as u64;
@@ -45,24 +52,6 @@ pub enum PageContent<'a> {
     /// Every bit up to the end of the volume.
     AllSet,
     Partial(&'a PageWords),
-}
-
-/// What one save of one page has to write, in this order.
-#[derive(Clone, PartialEq, Eq, Debug)]
-pub struct SaveImage {
-    /// The page's words, to be durable before [`DirtyBitmap::page_saved`]; `None` if the summary byte says all.
-    pub words: Option<Box<PageWords>>,
-    /// What the summary byte says when the save is done.
-    pub summary: u8,
-}
-
-/// What is left of a save after its page is durable.
-#[derive(Clone, Copy, PartialEq, Eq, Debug)]
-pub enum AfterPage {
-    /// The summary byte on disk was right already.
-    Saved,
-    /// That summary block is to be written ([`DirtyBitmap::begin_summary`]).
-    SummaryDue(u64),
 }
 
 #[derive(Clone, Debug)]
@@ -402,241 +391,6 @@ impl DirtyBitmap {
         }
     }
 
-    // --- what is durable ---
-
-    /// Whether a bit in this range was set and is not durable yet (D6, D7: what depends on it must wait). May
-    /// say yes for a neighbour's bit, a 64th of a page around.
-    #[must_use]
-    pub fn unsaved_sets_in(&self, offset: u64, length: u64) -> bool {
-        let (first, end) = self.touched(offset, length);
-        spans(first, end).any(|(page, from, to)| {
-            let state = &self.pages[page];
-            (state.unsaved | state.saving) & marks(from, to) != 0
-        })
-    }
-
-    /// Whether any bit that was set is not durable yet.
-    #[must_use]
-    pub fn has_unsaved_sets(&self) -> bool {
-        self.unsaved_sets.len > 0 || self.saves_of_sets > 0
-    }
-
-    /// Pages that hold blocks of this range, for saving them.
-    #[must_use]
-    pub fn pages_of(&self, offset: u64, length: u64) -> std::ops::Range<u64> {
-        let (first, end) = self.touched(offset, length);
-        if first >= end {
-            0..0
-        } else {
-            first / PAGE_BITS..end.div_ceil(PAGE_BITS)
-        }
-    }
-
-    /// The first page at or behind `from` with sets that are neither durable nor being saved.
-    #[must_use]
-    pub fn next_unsaved_set(&self, from: u64) -> Option<u64> {
-        self.unsaved_sets.next(from as usize).map(|p| p as u64)
-    }
-
-    /// The first page at or behind `from` that differs from the disk and is not being saved: to be saved when
-    /// there is time, and at a clean detach.
-    #[must_use]
-    pub fn next_unsaved(&self, from: u64) -> Option<u64> {
-        let set = self.unsaved_sets.next(from as usize);
-        let cleared = self.unsaved_clears.next(from as usize);
-        [set, cleared].into_iter().flatten().min().map(|p| p as u64)
-    }
-
-    /// Pages that differ from the disk and are not being saved.
-    pub fn unsaved_pages(&self) -> impl Iterator<Item = u64> + '_ {
-        let mut from = 0;
-        std::iter::from_fn(move || {
-            let page = self.next_unsaved(from)?;
-            from = page + 1;
-            Some(page)
-        })
-    }
-
-    /// Whether memory and disk say the same and nothing is being written.
-    #[must_use]
-    pub fn is_saved(&self) -> bool {
-        self.unsaved_sets.len == 0 && self.unsaved_clears.len == 0 && self.saves == 0
-    }
-
-    /// The summary block a page's byte is in.
-    #[must_use]
-    pub fn summary_block_of(&self, page: u64) -> u64 {
-        page / self.summary_pages
-    }
-
-    /// Starts saving a page. `None` if it is saved, or if a save of it is under way (what was set since then
-    /// needs another one after it).
-    ///
-    /// With words: write them, then call [`page_saved`](Self::page_saved). Without: the summary block is due
-    /// ([`begin_summary`](Self::begin_summary), which takes along every such page of the block by itself).
-    pub fn begin_save(&mut self, page: u64) -> Option<SaveImage> {
-        let at = page as usize;
-        if self.pages[at].save != Save::Idle
-            || !(self.unsaved_sets.contains(at) || self.unsaved_clears.contains(at))
-        {
-            return None;
-        }
-        self.unsaved_sets.remove(at);
-        self.unsaved_clears.remove(at);
-        let state = &mut self.pages[at];
-        state.saving = std::mem::take(&mut state.unsaved);
-        self.saves += 1;
-        self.saves_of_sets += usize::from(state.saving != 0);
-        match &state.content {
-            Content::Partial(words) => {
-                // The byte stays what it is until the page is durable: turned to "partial" earlier, a crash
-                // would bring back whatever the page held long ago.
-                state.save = Save::PageInFlight;
-                Some(SaveImage {
-                    words: Some(words.clone()),
-                    summary: SUMMARY_PARTIAL,
-                })
-            }
-            content => {
-                let summary = if matches!(content, Content::Clean) {
-                    SUMMARY_CLEAN
-                } else {
-                    SUMMARY_ALL_SET
-                };
-                state.summary = summary;
-                state.save = Save::SummaryDue;
-                Some(SaveImage {
-                    words: None,
-                    summary,
-                })
-            }
-        }
-    }
-
-    /// The words of [`begin_save`](Self::begin_save) are durable.
-    pub fn page_saved(&mut self, page: u64) -> AfterPage {
-        let block = self.summary_block_of(page);
-        let state = &mut self.pages[page as usize];
-        assert_eq!(
-            state.save,
-            Save::PageInFlight,
-            "no write of bitmap page {page} was under way"
-        );
-        if state.summary == SUMMARY_PARTIAL && !state.summary_unsure {
-            self.end_save(page as usize);
-            AfterPage::Saved
-        } else {
-            state.summary = SUMMARY_PARTIAL;
-            state.save = Save::SummaryDue;
-            AfterPage::SummaryDue(block)
-        }
-    }
-
-    /// Starts writing a summary block: one byte per page of it. Takes along every page of the block whose save
-    /// needs no more than its byte. `None` if nothing is due there, or while a write of that block is under way
-    /// (ask again when it ends).
-    pub fn begin_summary(&mut self, block: u64) -> Option<Vec<u8>> {
-        if self.summary_in_flight.contains(block as usize) {
-            return None;
-        }
-        let range = self.summary_range(block);
-        for page in range.clone() {
-            if !matches!(self.pages[page].content, Content::Partial(_)) {
-                let _ = self.begin_save(page as u64);
-            }
-        }
-        let mut due = false;
-        for state in &mut self.pages[range.clone()] {
-            if state.save == Save::SummaryDue {
-                state.save = Save::SummaryInFlight;
-                due = true;
-            }
-        }
-        if !due {
-            return None;
-        }
-        self.summary_in_flight.insert(block as usize);
-        Some(self.pages[range].iter().map(|p| p.summary).collect())
-    }
-
-    /// The summary block is durable: the saves that waited for it are done.
-    pub fn summary_saved(&mut self, block: u64) {
-        let under_way = self.summary_in_flight.remove(block as usize);
-        assert!(under_way, "no write of summary block {block} was under way");
-        for page in self.summary_range(block) {
-            if self.pages[page].save == Save::SummaryInFlight {
-                self.pages[page].summary_unsure = false;
-                self.end_save(page);
-            }
-        }
-    }
-
-    /// The write of the page failed: its bits count as not durable again.
-    pub fn page_failed(&mut self, page: u64) {
-        assert_eq!(
-            self.pages[page as usize].save,
-            Save::PageInFlight,
-            "no write of bitmap page {page} was under way"
-        );
-        self.save_failed(page as usize);
-    }
-
-    /// The write of the summary block failed: what waited for it counts as not durable again.
-    pub fn summary_failed(&mut self, block: u64) {
-        let under_way = self.summary_in_flight.remove(block as usize);
-        assert!(under_way, "no write of summary block {block} was under way");
-        for page in self.summary_range(block) {
-            if self.pages[page].save == Save::SummaryInFlight {
-                self.pages[page].summary_unsure = true;
-                self.save_failed(page);
-            }
-        }
-    }
-
-    /// Takes over what the disk says of a page: its summary byte and, for [`SUMMARY_PARTIAL`], its words, `None`
-    /// if they were damaged. Returns false if the page had to be taken as all set because of damage.
-    ///
-    /// To be called before anything else happens to the page. Of a damaged summary block, load every page as
-    /// [`SUMMARY_DAMAGED`]. A damaged page counts as not durable until it is saved: a torn block can be made whole
-    /// by the next write to it, when that is torn too, and then says what it said before the damage.
-    pub fn load(&mut self, page: u64, summary: u8, words: Option<&PageWords>) -> bool {
-        let at = page as usize;
-        assert!(
-            matches!(self.pages[at].content, Content::Clean) && self.pages[at].save == Save::Idle,
-            "bitmap page {page} is loaded late"
-        );
-        let intact = match summary {
-            SUMMARY_CLEAN | SUMMARY_ALL_SET => true,
-            SUMMARY_PARTIAL => words.is_some(),
-            _ => false,
-        };
-        let first = page * PAGE_BITS;
-        match (summary, words) {
-            (SUMMARY_CLEAN, _) => {}
-            (SUMMARY_PARTIAL, Some(words)) => {
-                self.or_page(page, PageContent::Partial(words), self.grain_shift);
-            }
-            // Damage means "nobody knows", and that means every block (D7).
-            _ => {
-                self.set_bits(first, (first + PAGE_BITS).min(self.bits));
-            }
-        }
-        let state = &mut self.pages[at];
-        state.summary = if summary <= SUMMARY_ALL_SET {
-            summary
-        } else {
-            SUMMARY_ALL_SET
-        };
-        state.summary_unsure = summary > SUMMARY_ALL_SET;
-        // What was read is durable. (A page that had to make room for it is marked by `make_partial`.)
-        state.unsaved = 0;
-        self.unsaved_sets.remove(at);
-        if !intact {
-            self.mark_unsaved(at, u64::MAX);
-        }
-        intact
-    }
-
     // --- inside ---
 
     /// Bits of the blocks that a range touches: first, and first behind.
@@ -651,34 +405,8 @@ impl DirtyBitmap {
         )
     }
 
-    fn summary_range(&self, block: u64) -> std::ops::Range<usize> {
-        let first = block * self.summary_pages;
-        first as usize..(first + self.summary_pages).min(self.page_count()) as usize
-    }
-
     fn page_length(&self, page: usize) -> u64 {
         (self.bits - page as u64 * PAGE_BITS).min(PAGE_BITS)
-    }
-
-    /// Returns the marks that the save held.
-    fn end_save(&mut self, page: usize) -> u64 {
-        let state = &mut self.pages[page];
-        state.save = Save::Idle;
-        let saving = std::mem::take(&mut state.saving);
-        self.saves -= 1;
-        self.saves_of_sets -= usize::from(saving != 0);
-        saving
-    }
-
-    fn save_failed(&mut self, page: usize) {
-        let marks = self.end_save(page);
-        let state = &mut self.pages[page];
-        state.unsaved |= marks;
-        if state.unsaved != 0 {
-            self.unsaved_sets.insert(page);
-        } else {
-            self.unsaved_clears.insert(page);
-        }
     }
 
     fn set_bits(&mut self, first: u64, end: u64) -> u64 {
@@ -754,11 +482,6 @@ impl DirtyBitmap {
         }
         self.unsaved_clears.insert(page);
         u64::from(old - count)
-    }
-
-    fn mark_unsaved(&mut self, page: usize, marks: u64) {
-        self.pages[page].unsaved |= marks;
-        self.unsaved_sets.insert(page);
     }
 
     /// Turns a page into one that holds no words.
@@ -870,134 +593,6 @@ impl DirtyBitmap {
             }
         }
         end - first
-    }
-}
-
-/// Splits a range of bits at page boundaries: page, and first bit and first bit behind within it.
-fn spans(first: u64, end: u64) -> impl Iterator<Item = (usize, u64, u64)> {
-    let pages = if first < end {
-        first / PAGE_BITS..end.div_ceil(PAGE_BITS)
-    } else {
-        0..0
-    };
-    pages.map(move |page| {
-        let start = page * PAGE_BITS;
-        (
-            page as usize,
-            first.saturating_sub(start),
-            (end - start).min(PAGE_BITS),
-        )
-    })
-}
-
-/// Marks of the 64ths of a page that a range of its bits touches.
-fn marks(from: u64, to: u64) -> u64 {
-    let (low, high) = (from / MARK_BITS, (to - 1) / MARK_BITS);
-    u64::MAX >> (63 - (high - low)) << low
-}
-
-/// The part of word `at` that lies in the bits `from..to`.
-fn mask(at: usize, from: u64, to: u64) -> u64 {
-    let start = at as u64 * 64;
-    let low = from.saturating_sub(start).min(64);
-    let high = to.saturating_sub(start).min(64);
-    if low >= high {
-        0
-    } else {
-        u64::MAX >> (64 - (high - low)) << low
-    }
-}
-
-fn words_of(from: u64, to: u64) -> std::ops::Range<usize> {
-    (from / 64) as usize..to.div_ceil(64) as usize
-}
-
-/// Sets the bits `from..to`; returns how many were not set.
-fn fill(words: &mut PageWords, from: u64, to: u64) -> u32 {
-    words_of(from, to)
-        .map(|at| {
-            let added = mask(at, from, to) & !words[at];
-            words[at] |= added;
-            added.count_ones()
-        })
-        .sum()
-}
-
-/// Clears the bits `from..to`; returns how many were set.
-fn drain(words: &mut PageWords, from: u64, to: u64) -> u32 {
-    words_of(from, to)
-        .map(|at| {
-            let removed = mask(at, from, to) & words[at];
-            words[at] &= !removed;
-            removed.count_ones()
-        })
-        .sum()
-}
-
-/// The first set bit at or behind `from`.
-fn first_set(words: &PageWords, from: u64) -> Option<u64> {
-    words_of(from, PAGE_BITS).find_map(|at| {
-        let found = words[at] & mask(at, from, PAGE_BITS);
-        (found != 0).then(|| at as u64 * 64 + u64::from(found.trailing_zeros()))
-    })
-}
-
-/// The first clear bit at or behind `from`; the end of the page if there is none.
-fn first_clear(words: &PageWords, from: u64) -> u64 {
-    words_of(from, PAGE_BITS)
-        .find_map(|at| {
-            let found = !words[at] & mask(at, from, PAGE_BITS);
-            (found != 0).then(|| at as u64 * 64 + u64::from(found.trailing_zeros()))
-        })
-        .unwrap_or(PAGE_BITS)
-}
-
-/// A set of page numbers that is walked in order; a bit per page, so that half a million pages scan in
-/// microseconds.
-#[derive(Clone, Debug, Default)]
-struct PageSet {
-    words: Vec<u64>,
-    len: usize,
-}
-
-impl PageSet {
-    fn resize(&mut self, pages: usize) {
-        self.words.resize(pages.div_ceil(64), 0);
-    }
-    fn contains(&self, page: usize) -> bool {
-        self.words[page / 64] & 1 << (page % 64) != 0
-    }
-    fn insert(&mut self, page: usize) -> bool {
-        let added = !self.contains(page);
-        self.words[page / 64] |= 1 << (page % 64);
-        self.len += usize::from(added);
-        added
-    }
-    fn remove(&mut self, page: usize) -> bool {
-        let removed = self.contains(page);
-        self.words[page / 64] &= !(1 << (page % 64));
-        self.len -= usize::from(removed);
-        removed
-    }
-    fn next(&self, from: usize) -> Option<usize> {
-        if self.len == 0 {
-            return None;
-        }
-        let mut at = from / 64;
-        let mut word = *self.words.get(at)? & u64::MAX << (from % 64);
-        while word == 0 {
-            at += 1;
-            word = *self.words.get(at)?;
-        }
-        Some(at * 64 + word.trailing_zeros() as usize)
-    }
-    fn iter(&self) -> impl Iterator<Item = usize> + '_ {
-        let mut from = 0;
-        std::iter::from_fn(move || {
-            let page = self.next(from)?;
-            from = page + 1;
-            Some(page)
-        })
     }
 }
 

@@ -6,12 +6,15 @@
 #[macro_use]
 pub mod planted;
 
+mod acknowledge;
 pub mod activity_log;
 mod admin;
 pub mod api;
+mod apply;
 mod attach;
 pub mod bitmap;
 mod cluster_store;
+mod completion;
 mod congestion;
 mod diskless;
 mod foresee;
@@ -29,6 +32,7 @@ pub mod probe;
 mod promotion;
 mod receive;
 mod report;
+mod requests;
 mod resync;
 mod resync_rate;
 mod roles;
