@@ -314,10 +314,87 @@ fn a_larger_size_is_asked_for_while_a_smaller_one_is_written_down() {
     assert!(met > 5, "{met}");
 }
 
+/// Everything happens but the writes of that copy's superblock of the second volume.
+fn without_its_size(w: &mut World, n: usize, limit: usize, mut done: impl FnMut(&World) -> bool) {
+    for _ in 0..limit {
+        if done(w) {
+            return;
+        }
+        let held: Vec<Action>;
+        (held, w.nodes[n].pending) = std::mem::take(&mut w.nodes[n].pending)
+            .into_iter()
+            .partition(superblock_of_the_second);
+        w.step();
+        w.nodes[n].pending.extend(held);
+    }
+    panic!("never came");
+}
+
+/// A copy is still writing down one size when the service moves, and the next primary, to which it was connected all the time, asks
+/// for more: once the first is written down it goes on to the larger one by itself, and answers.
+#[test]
+fn the_next_primary_asks_for_more_while_a_smaller_size_is_written_down() {
+    let slow = 1;
+    let mut met = 0;
+    for seed in 0..40 {
+        let mut w = copies(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend);
+        ok(w.promote(0, false));
+        // The primary has no room: the others keep what they made.
+        w.nodes[0].no_room = true;
+        w.command(0, grow(1)).unwrap_err();
+        w.nodes[0].no_room = false;
+        w.steps(400);
+        let smaller = Command::Grow {
+            volume: VolumeIndex(1),
+            size: OLD + (OLD / 2),
+        };
+        let first = w.admin(0, smaller);
+        without_its_size(&mut w, slow, 4000, |w| writes_size(w, slow));
+        let demoted = w.admin(0, Command::Demote);
+        without_its_size(&mut w, slow, 4000, |w| {
+            w.nodes[0].admin.contains_key(&demoted)
+        });
+        ok(w.nodes[0].admin[&demoted].clone());
+        w.nodes[0].admin[&first].clone().unwrap_err();
+        without_its_size(&mut w, slow, 4000, |w| w.settled(&[2, 0]));
+        let promoted = w.admin(2, Command::Promote { force: false });
+        without_its_size(&mut w, slow, 4000, |w| {
+            w.nodes[2].admin.contains_key(&promoted)
+        });
+        ok(w.nodes[2].admin[&promoted].clone());
+        without_its_size(&mut w, slow, 4000, |w| {
+            w.settled(&[2, 0]) && w.settled(&[2, 1])
+        });
+        let second = w.admin(2, grow(1));
+        let mut left = 400;
+        without_its_size(&mut w, slow, 500, |_| {
+            left -= 1;
+            left == 0
+        });
+        assert!(
+            writes_size(&w, slow) && size(&w, slow, 1) == OLD,
+            "seed {seed}"
+        );
+        assert!(!w.nodes[2].admin.contains_key(&second));
+        w.until("the growth is answered", 40_000, |w| {
+            w.nodes[2].admin.contains_key(&second)
+        });
+        ok(w.nodes[2].admin[&second].clone());
+        for n in 0..3 {
+            assert_eq!(size(&w, n, 1), NEW, "seed {seed}, copy {n}");
+        }
+        met += usize::from(w.nodes[slow].resized == [(1, OLD + OLD / 2), (1, NEW)]);
+    }
+    assert!(met > 5, "{met}");
+}
+
 /// The superblock of the second volume is on its way to that copy's disk.
 fn writes_size(w: &World, n: usize) -> bool {
-    let of_it = |a: &Action| matches!(a, Action::MetaWrite { place, .. } if place.volume.0 == 1 && place.offset <= 4096);
-    w.nodes[n].pending.iter().any(of_it)
+    w.nodes[n].pending.iter().any(superblock_of_the_second)
+}
+
+fn superblock_of_the_second(a: &Action) -> bool {
+    matches!(a, Action::MetaWrite { place, .. } if place.volume.0 == 1 && place.offset <= 4096)
 }
 
 /// The primary is demoted in the middle of a growth, when the other copy is about to take the new size: the copies meet again by
