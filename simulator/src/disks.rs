@@ -1,11 +1,15 @@
 //! What becomes of requests to the disks, and of disks that lose power, their memory, or a bit.
 
 use crate::disk::{Disk, DiskOp};
+use crate::plan::MS;
 use crate::world::*;
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::layout::Layout;
 use std::rc::Rc;
+
+/// The longest that a disk takes for a request, unless it hangs.
+const SLOWEST: u64 = 10_000 * MS;
 
 impl World {
     // --- disks ---
@@ -38,6 +42,8 @@ impl World {
         if self.nodes[node].slow {
             delay *= 30;
         }
+        // A request of a disk that is slow in every way takes seconds, not minutes: it would outlast the run.
+        let delay = delay.min(SLOWEST);
         let n = &mut self.nodes[node];
         let life = n.life;
         let held = n.hung;
@@ -143,6 +149,21 @@ impl World {
         if !alive {
             return;
         }
+        // The moment right after something is durable, before anybody acts on it.
+        let durable = match &pending.op {
+            DiskOp::Flush { .. } => "flushed",
+            DiskOp::MetaWrite { volume, offset, .. } => match self.region(*volume, *offset) {
+                "superblock write" => "superblock written",
+                "log write" => "log written",
+                "bitmap write" => "bitmap written",
+                "undo write" => "undo written",
+                _ => "",
+            },
+            _ => "",
+        };
+        if !failed && !durable.is_empty() {
+            self.ambushes(node, durable);
+        }
         let result = if failed { Err(DiskError::Io) } else { Ok(()) };
         let op = pending.id;
         let event = if pending.metadata {
@@ -179,9 +200,10 @@ impl World {
         self.oracle.lost_power(self.now, node);
         for other in (0..self.nodes.len()).filter(|n| *n != node) {
             let durable = self.nodes[other].disk.superblock();
-            if durable.is_some_and(|(_, sb)| {
+            let is_target = durable.is_some_and(|(_, sb)| {
                 sb.target_of != GenerationId(0) && usize::from(sb.target_source) == node
-            }) {
+            });
+            if is_target || self.relation(other, node) == "target-preparing" {
                 self.oracle.lost_power(self.now, other);
             }
         }
@@ -245,7 +267,18 @@ impl World {
                 (!blocks.is_empty()).then(|| blocks[rng.index(blocks.len())])
             }
             Rot::Undo => {
+                // A damaged newest record, too, looks like one whose write was cut.
                 let blocks = disk.meta_blocks(0, layout.undo_offset, u64::MAX);
+                let record = |b: &(u16, u64)| {
+                    holdfast_wire_format::undo_record::decode_record(&disk.meta_block(b.0, b.1))
+                        .ok()
+                        .map(|r| (r.session, r.sequence))
+                };
+                let newest = blocks.iter().filter_map(record).max();
+                let blocks: Vec<_> = blocks
+                    .into_iter()
+                    .filter(|b| newest.is_none() || record(b) != newest)
+                    .collect();
                 (!blocks.is_empty()).then(|| blocks[rng.index(blocks.len())])
             }
         };

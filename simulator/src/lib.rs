@@ -10,6 +10,7 @@ mod coverage;
 mod disk;
 mod disks;
 pub mod enumerate;
+pub mod families;
 mod fingerprint;
 pub mod mutants;
 mod network;

@@ -7,7 +7,7 @@ use std::sync::atomic::{AtomicBool, AtomicU64, Ordering};
 use std::time::{Duration, Instant};
 
 const USAGE: &str =
-    "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--without KIND,KIND]
+    "usage: simulator --seeds N [--first-seed S] [--json] [--threads T] [--family NAME] [--without KIND,KIND]
        simulator enumerate [--level N] [--seconds S] [--copies N] [--shapes N,N] [--threads T]
        simulator mutants [--seeds N] [--json] [--list] [--all] [--schedules] [--threads T] [NAME...]
        simulator --seed S [--no-shrink] [--everything] [--repeat] [--without KIND,KIND]
@@ -16,6 +16,7 @@ Runs the replicator's cores in a deterministic world, one run per seed. Exit 1 i
 --seed S      replays one seed, makes its schedule smaller and prints the timeline
 --repeat      runs the seed twice and says where the two runs part, if they do
 --copies N    only seeds with so many copies, beside those of simulator/seeds.txt
+--family NAME plans of that family: one kind of trouble, again and again (docs/simulator.md)
 --changes     people grow volumes, change modes and take disks out of use as well, and senders say nonsense
 --register    the record of who may write is in a register of the cluster, as with an agent
 --skip        leaves these seeds out
@@ -37,6 +38,8 @@ struct Arguments {
     copies: Option<u64>,
     register: bool,
     changes: bool,
+    /// Plans of this family.
+    family: Option<usize>,
 }
 
 fn arguments() -> Result<Arguments, String> {
@@ -55,6 +58,7 @@ fn arguments() -> Result<Arguments, String> {
         copies: None,
         register: false,
         changes: false,
+        family: None,
     };
     let mut words = std::env::args().skip(1);
     while let Some(word) = words.next() {
@@ -73,6 +77,7 @@ fn arguments() -> Result<Arguments, String> {
             "--json" => a.json = true,
             "--register" => a.register = true,
             "--changes" => a.changes = true,
+            "--family" => a.family = Some(family(words.next())?),
             "--no-shrink" => a.shrink = false,
             "--first-failure" => a.first_failure = true,
             "--repeat" => a.repeat = true,
@@ -95,12 +100,22 @@ fn arguments() -> Result<Arguments, String> {
     Ok(a)
 }
 
+/// A family's place among them.
+fn family(name: Option<String>) -> Result<usize, String> {
+    let names = simulator::families::FAMILIES;
+    let at = names.iter().position(|f| Some(*f) == name.as_deref());
+    at.ok_or_else(|| format!("--family needs one of {}", names.join(", ")))
+}
+
 fn plan_of(seed: u64, arguments: &Arguments) -> Plan {
     let without = &arguments.without;
     let mut plan = Plan::of(seed);
     plan.register = arguments.register;
     if arguments.changes {
         plan = plan.with_changes();
+    }
+    if let Some(family) = arguments.family {
+        plan = Plan::in_family(seed, family);
     }
     plan.faults
         .retain(|f| !without.iter().any(|w| w == f.kind.name()));
@@ -118,7 +133,11 @@ fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, St
         list: false,
         all: false,
         schedules: false,
+        no_schedules: false,
         level: 2,
+        fresh: false,
+        family: None,
+        first: 1,
         threads: threads(),
         names: Vec::new(),
     };
@@ -137,7 +156,11 @@ fn mutants(words: impl Iterator<Item = String>) -> Result<mutants::Arguments, St
             "--list" => a.list = true,
             "--all" => a.all = true,
             "--schedules" => a.schedules = true,
+            "--no-schedules" => a.no_schedules = true,
             "--level" => a.level = number()? as usize,
+            "--fresh" => a.fresh = true,
+            "--family" => a.family = Some(family(words.next())?),
+            "--first-seed" => a.first = number()?,
             other if other.starts_with('-') => return Err(format!("unknown argument {other}")),
             _ => a.names.push(word),
         }
@@ -154,6 +177,10 @@ fn main() -> ExitCode {
                 ExitCode::from(2)
             }
         };
+    }
+    if std::env::args().nth(1).as_deref() == Some("families") {
+        println!("{}", simulator::families::FAMILIES.join("\n"));
+        return ExitCode::SUCCESS;
     }
     if std::env::args().nth(1).as_deref() == Some("mutants") {
         return match mutants(std::env::args().skip(2)) {
@@ -240,8 +267,10 @@ fn one(seed: u64, arguments: &Arguments) -> ExitCode {
 const KNOWN: &str = include_str!("../seeds.txt");
 
 fn many(arguments: &Arguments) -> ExitCode {
+    // In a family their numbers mean something else.
     let known: Vec<u64> = KNOWN
         .lines()
+        .filter(|_| arguments.family.is_none())
         .filter_map(|l| l.split_whitespace().next()?.parse().ok())
         .collect();
     let total = known.len() as u64 + arguments.seeds;

@@ -14,18 +14,28 @@ pub struct Arguments {
     pub all: bool,
     /// All by the enumeration, none by seeds.
     pub schedules: bool,
+    /// Not those that only the enumeration notices.
+    pub no_schedules: bool,
     /// Of the enumeration.
     pub level: usize,
+    /// Not where they were noticed before: the whole search.
+    pub fresh: bool,
+    /// Only plans of this family, by its place among them.
+    pub family: Option<usize>,
+    /// From this seed of each family on.
+    pub first: u64,
     pub threads: usize,
     /// Only these; all if empty.
     pub names: Vec<String>,
 }
 
 pub const USAGE: &str =
-    "usage: simulator mutants [--seeds N] [--json] [--list] [--all] [--schedules] [--threads T] [NAME...]
+    "usage: simulator mutants [--seeds N] [--json] [--list] [--all] [--fresh] [--family NAME] [--first-seed S] [--schedules|--no-schedules] [--threads T] [NAME...]
 
 Plants one defect after the other into the core and runs seeds, or every schedule of `enumerate`, until the oracle notices it. Exit 1 if one is never noticed.
 --seeds N     tries so many seeds for each (default 2000)
+--fresh       searches from the first seed, not from where each was noticed before (simulator/mutants.txt)
+--family NAME searches among the plans of this family alone; --first-seed S from that seed on
 --list        names the defects
 --schedules   uses the enumeration for each, also where seeds are known to do
 --level N     of the enumeration (default 2)
@@ -88,7 +98,8 @@ mod build {
 mod hunt {
     use super::Arguments;
     use crate::enumerate::{self, Search};
-    use crate::{Plan, Trace, run_with};
+    use crate::families::FAMILIES;
+    use crate::{Plan, Trace, run_with, schedules};
     use holdfast_replicator_core::planted::{DEFECTS, Defect, Noticed};
     use std::collections::BTreeMap;
     use std::process::ExitCode;
@@ -107,17 +118,47 @@ mod hunt {
         reached: u64,
         /// Runs that ended in a panic or halt: the core noticed something itself, which does not count.
         crashed: u64,
-        /// The first seed whose run the oracle found wrong, and how.
+        /// The first try whose run the oracle found wrong, and how.
         noticed: Option<(u64, String)>,
         /// The schedule that shows it, as `enumerate` takes it, and how.
         scheduled: Option<(String, String)>,
+    }
+
+    /// Where each defect was noticed when somebody last looked: name, family and seed, or `schedule`, the world and the schedule. Tried
+    /// first; a change of the core or of the plans may move it, and then the search goes on as for a defect that nobody has seen yet.
+    const KNOWN: &str = include_str!("../mutants.txt");
+
+    fn known(name: &str) -> Option<(&str, u64, &str)> {
+        let mut lines = KNOWN.lines().map(str::split_whitespace);
+        let mut words = lines.find_map(|mut w| (w.next() == Some(name)).then_some(w))?;
+        let (kind, number) = (words.next()?, words.next()?.parse().ok()?);
+        Some((kind, number, words.next().unwrap_or_default()))
+    }
+
+    /// Try number so-and-so of a defect: the place where it was noticed before, then the families in turn, seed by seed.
+    fn tried(arguments: &Arguments, name: &str, number: u64) -> (usize, u64) {
+        if let (1, false, Some((family, seed, _))) = (number, arguments.fresh, known(name))
+            && let Some(family) = FAMILIES.iter().position(|f| *f == family)
+        {
+            return (family, seed);
+        }
+        if let Some(family) = arguments.family {
+            return (family, arguments.first + number - 1);
+        }
+        let families = FAMILIES.len() as u64;
+        (
+            (number % families) as usize,
+            arguments.first + number / families,
+        )
     }
 
     /// Runs the chosen defects. Success if the oracle notices every one.
     pub fn run(arguments: &Arguments) -> ExitCode {
         let wanted = |d: &Defect| {
             if arguments.names.is_empty() {
-                d.noticed != Noticed::Nothing || arguments.all
+                let scheduled = d.noticed == Noticed::Schedules;
+                (d.noticed != Noticed::Nothing || arguments.all)
+                    && !(scheduled && arguments.no_schedules)
             } else {
                 arguments.names.iter().any(|n| n == d.name)
             }
@@ -148,7 +189,7 @@ mod hunt {
         let scheduled = Mutex::new((scheduled, Vec::new()));
         let hunts = Mutex::new(hunts);
         // Seeds that fail without any defect prove nothing.
-        let sound = Mutex::new(BTreeMap::<u64, bool>::new());
+        let sound = Mutex::new(BTreeMap::<(usize, u64), bool>::new());
         std::thread::scope(|scope| {
             for _ in 0..arguments.threads {
                 scope.spawn(|| {
@@ -187,7 +228,13 @@ mod hunt {
         loop {
             let next = lock().0.pop();
             let Some(mut h) = next else { return };
-            for shape in 0..enumerate::worlds() {
+            h.scheduled = as_before(arguments, &mut h);
+            let worlds = if h.scheduled.is_some() {
+                0
+            } else {
+                enumerate::worlds()
+            };
+            for shape in 0..worlds {
                 let search = Search {
                     shape,
                     arguments: &bounds,
@@ -212,20 +259,45 @@ mod hunt {
         }
     }
 
+    /// The schedule in which it was noticed before, if it still is, and how.
+    fn as_before(arguments: &Arguments, h: &mut Hunt) -> Option<(String, String)> {
+        let ("schedule", shape, schedule) = known(DEFECTS[h.defect].name)? else {
+            return None;
+        };
+        let (index, shape) = (shape, schedules::SHAPES.get(shape as usize)?);
+        let bases = schedules::bases(shape.modes.len());
+        let steps = schedules::parse(schedule, shape.modes.len()).ok()?;
+        let seed = enumerate::Arguments::default().seed;
+        let (plan, _) = schedules::plan(shape, &bases, &steps, seed);
+        let outcome = run_with(&plan, Trace::Off, Some(h.defect));
+        h.runs += 1;
+        h.reached += outcome.reached;
+        let why = outcome
+            .failure
+            .filter(|_| !outcome.crashed && !arguments.fresh)?;
+        let is_sound = run_with(&plan, Trace::Off, None).failure.is_none();
+        let why = why.lines().next().unwrap_or_default().to_owned();
+        is_sound.then(|| (format!("--shapes {index} --schedule {schedule}"), why))
+    }
+
     fn tell(arguments: &Arguments, h: &Hunt) {
         if arguments.json {
-            println!("{}", json(h));
+            println!("{}", json(arguments, h));
         } else {
-            println!("{}", line(h));
+            println!("{}", line(arguments, h));
         }
     }
 
-    fn hunt(arguments: &Arguments, hunts: &Mutex<Vec<Hunt>>, sound: &Mutex<BTreeMap<u64, bool>>) {
+    fn hunt(
+        arguments: &Arguments,
+        hunts: &Mutex<Vec<Hunt>>,
+        sound: &Mutex<BTreeMap<(usize, u64), bool>>,
+    ) {
         let lock = || hunts.lock().unwrap_or_else(|e| e.into_inner());
         let open = |h: &Hunt| h.noticed.is_none() && h.next <= arguments.seeds;
         loop {
             // The one that had the fewest seeds goes first.
-            let (at, defect, first) = {
+            let (at, defect, first, batch) = {
                 let mut hunts = lock();
                 let next = (0..hunts.len())
                     .filter(|at| open(&hunts[*at]))
@@ -233,13 +305,16 @@ mod hunt {
                 let Some(at) = next else { return };
                 let h = &mut hunts[at];
                 let first = h.next;
-                h.next += BATCH;
+                // The known place alone, then more at a time.
+                let batch = if first == 1 { 1 } else { BATCH };
+                h.next += batch;
                 h.in_flight += 1;
-                (at, h.defect, first)
+                (at, h.defect, first, batch)
             };
             let (mut runs, mut reached, mut crashed, mut noticed) = (0, 0, 0, None);
-            for seed in first..(first + BATCH).min(arguments.seeds + 1) {
-                let plan = Plan::of(seed);
+            for number in first..(first + batch).min(arguments.seeds + 1) {
+                let place = tried(arguments, DEFECTS[defect].name, number);
+                let plan = Plan::in_family(place.1, place.0);
                 let outcome = run_with(&plan, Trace::Off, Some(defect));
                 runs += 1;
                 reached += outcome.reached;
@@ -250,18 +325,21 @@ mod hunt {
                 let known = sound
                     .lock()
                     .unwrap_or_else(|e| e.into_inner())
-                    .get(&seed)
+                    .get(&place)
                     .copied();
                 let is_sound = known.unwrap_or_else(|| {
                     let is = run_with(&plan, Trace::Off, None).failure.is_none();
                     sound
                         .lock()
                         .unwrap_or_else(|e| e.into_inner())
-                        .insert(seed, is);
+                        .insert(place, is);
                     is
                 });
                 if is_sound {
-                    noticed = Some((seed, failure.lines().next().unwrap_or_default().to_owned()));
+                    noticed = Some((
+                        number,
+                        failure.lines().next().unwrap_or_default().to_owned(),
+                    ));
                     break;
                 }
             }
@@ -284,7 +362,7 @@ mod hunt {
         }
     }
 
-    fn line(h: &Hunt) -> String {
+    fn line(arguments: &Arguments, h: &Hunt) -> String {
         let d = &DEFECTS[h.defect];
         let shorter = |why: &str| why.chars().take(150).collect::<String>();
         if let Some((schedule, why)) = &h.scheduled {
@@ -299,12 +377,12 @@ mod hunt {
             );
         }
         let how = match &h.noticed {
-            Some((seed, why)) => {
+            Some((number, why)) => {
+                let why = shorter(why);
+                let (family, seed) = tried(arguments, d.name, *number);
                 format!(
-                    "seed {seed}, run {}, reached {} times: {}",
-                    h.runs,
-                    h.reached,
-                    shorter(why)
+                    "{} {seed}, noticed by try {number}, reached {} times: {why}",
+                    FAMILIES[family], h.reached
                 )
             }
             None if h.reached == 0 => format!("SURVIVES {} runs, never reached", h.runs),
@@ -316,12 +394,14 @@ mod hunt {
         format!("{} ({}: {})\n    {how}", d.name, d.breaks, d.what)
     }
 
-    fn json(h: &Hunt) -> serde_json::Value {
+    fn json(arguments: &Arguments, h: &Hunt) -> serde_json::Value {
         let d = &DEFECTS[h.defect];
         serde_json::json!({
             "name": d.name, "breaks": d.breaks, "what": d.what,
             "caught": h.noticed.is_some() || h.scheduled.is_some(), "reached": h.reached, "runs": h.runs, "crashed": h.crashed,
-            "seed": h.noticed.as_ref().map(|n| n.0),
+            "try": h.noticed.as_ref().map(|n| n.0),
+            "family": h.noticed.as_ref().map(|n| FAMILIES[tried(arguments, d.name, n.0).0]),
+            "seed": h.noticed.as_ref().map(|n| tried(arguments, d.name, n.0).1),
             "schedule": h.scheduled.as_ref().map(|n| n.0.as_str()),
             "why": h.noticed.as_ref().map(|n| &n.1).or(h.scheduled.as_ref().map(|n| &n.1)),
         })

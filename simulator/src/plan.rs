@@ -199,6 +199,8 @@ pub enum Strike {
     PromoteOther,
     /// Its connections break, and everything on them is lost.
     Lose,
+    /// Its process ends, its undo rots, the others lose power, and a person forces it.
+    RottenAndForced,
 }
 
 /// Which metadata rots: any block of its kind that the copy can do without.
@@ -215,7 +217,7 @@ pub enum Rot {
 
 /// What an ambush waits for: notices of the core, and writes of metadata being given to the disk; the frames after those are
 /// for schedules alone, seeds take the first [`SEEDED`].
-pub const TRIGGERS: [&str; 41] = [
+pub const TRIGGERS: [&str; 46] = [
     "handshake",
     "established",
     "resync-source",
@@ -257,6 +259,11 @@ pub const TRIGGERS: [&str; 41] = [
     "sends Demoted",
     "sends DiskLost",
     "sends DiskLostAck",
+    "superblock written",
+    "log written",
+    "bitmap written",
+    "undo written",
+    "flushed",
 ];
 
 /// A seed picks among so many of [`TRIGGERS`].
