@@ -83,7 +83,7 @@ pub struct CopyFlags {
     pub was_primary: bool,
     /// All blocks read zero since `create`.
     pub zeroed: bool,
-    /// The undo log was rolled back: a real past point.
+    /// The undo log was rolled back, or a copy that knows of a lower position filled this one: it went back on purpose.
     pub rolled_back: bool,
     /// The undo log does not reach back to the start of the resync (dropped or never kept).
     pub undo_lost: bool,

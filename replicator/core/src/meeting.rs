@@ -648,6 +648,19 @@ impl Core {
                 self.meet_again(other, "its source is being filled itself", out);
             }
         }
+        // Who agreed with it took it for whole, and may be about to serve with it in S (D1, D8). Beside a primary that fills it its other
+        // followers may stay, and a primary that was superseded by that one may not: its order of writes ends here (D17).
+        for other in 0..self.peers.len() {
+            let agreed = matches!(
+                self.peers[other].relation,
+                Relation::Established | Relation::Agreeing
+            );
+            let followed = self.peers[other].is_primary && !planted!("superseded-is-followed-on");
+            let ends = followed || (!theirs.is_primary && !planted!("agreed-and-filled"));
+            if other != at && agreed && ends {
+                self.meet_again(other, "this copy is filled by another one now", out);
+            }
+        }
         if self.is_primary_like() {
             self.stop_being_primary(out);
         }

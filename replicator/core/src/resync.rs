@@ -457,10 +457,16 @@ impl Core {
             .map_or(GenerationId(0), |g| g.id);
         self.sb.peers[record].full_copy = false;
         self.sb.target_of = GenerationId(0);
-        self.sb.flags.rolled_back = false;
+        self.sb.generations = self.peers[at].their_generations.clone();
+        // Its source may know a lower position of the same generation than others recorded of this copy: then it went back on purpose,
+        // and is no restored backup (row 5).
+        let (generation, position) = self.sb.before_resync;
+        let reached = self.issued.saturating_sub(self.sb.generation_base);
+        self.sb.flags.rolled_back = generation == self.generation()
+            && (self.sb.flags.rolled_back || reached < position)
+            && !planted!("lower-position-is-an-old-disk");
         self.sb.flags.undo_lost = false;
         self.sb.flags.zeroed = false;
-        self.sb.generations = self.peers[at].their_generations.clone();
         self.sb.generations_cut = self.peers[at].their_generations_cut;
         for volume in &mut self.volumes {
             volume.blank = false;
@@ -598,11 +604,12 @@ impl Core {
         // Both left: this copy was superseded, and the one that superseded it gave way to it. There is nobody else who could.
         let both_left =
             self.sb.in_sync.without(slot).is_empty() && (owner == slot.0 || owner == self.slot.0);
-        // After a power cut this copy may lack what it acknowledged; the owner has it. A new member that did not lose power
-        // would pass for one that lacks nothing (C2).
+        // After a power cut this copy may lack what it acknowledged; the owner has it, or, if the owner is the one that was filled, a third
+        // member. A new member that did not lose power would pass for one that lacks nothing (C2).
+        let alone = self.sb.in_sync.without(slot).without(self.slot).is_empty();
         let kept = !self.unclean_start
             || owner == self.slot.0
-            || owner == slot.0
+            || (owner == slot.0 && (alone || planted!("loser-admits-the-owner")))
             || self
                 .peers
                 .iter()

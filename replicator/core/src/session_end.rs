@@ -108,27 +108,31 @@ impl Core {
         }
         // Legs in flight to it are bits now.
         let flushed = self.peers[at].flushed;
-        let keys: Vec<(u32, bool)> = self
+        let entries: Vec<Entry> = self
             .window
             .iter()
-            .map(|e| (e.op, e.position > flushed))
-            .filter(|(op, _)| *op != NO_OP)
+            .filter(|e| e.op != NO_OP)
+            .copied()
             .collect();
-        for (key, unstable) in keys {
-            if let Some(Op::Client(op)) = self.ops.get_mut(key as usize) {
-                // D1: what it acknowledged and did not flush it may have lost by the time that the other copies have the
-                // write, with its cache or because a member that never got it filled it. It counts while the session lasts.
-                // (A server of a primary without a disk acknowledges what is durable.)
-                let revoked = unstable
-                    && !op.replied
-                    && mirrored
-                    && self.diskless.is_none()
-                    && !planted!("acknowledged-forever");
-                let leg = &mut op.legs[slot.0 as usize];
-                // What it only received in memory it may have lost: nobody acknowledges it any more.
-                if matches!(*leg, Leg::InFlight | Leg::Received) || (revoked && *leg == Leg::Acked)
-                {
-                    *leg = Leg::Bits;
+        for entry in entries {
+            let Some(Op::Client(op)) = self.ops.get_mut(entry.op as usize) else {
+                continue;
+            };
+            // D1: what it acknowledged it may have lost by the time that the other copies have the write, with its cache or, even
+            // what it flushed, because a member that never got it filled it. It counts while the session lasts.
+            // (A server of a primary without a disk acknowledges what is durable.)
+            let unstable = entry.position > flushed;
+            let revoked = !op.replied
+                && mirrored
+                && self.diskless.is_none()
+                && (unstable || !planted!("flushed-is-acknowledged-forever"))
+                && !planted!("acknowledged-forever");
+            let leg = &mut op.legs[slot.0 as usize];
+            // What it only received in memory it may have lost: nobody acknowledges it any more.
+            if matches!(*leg, Leg::InFlight | Leg::Received) || (revoked && *leg == Leg::Acked) {
+                *leg = Leg::Bits;
+                if !unstable && entry.length > 0 && mirrored && self.diskless.is_none() {
+                    self.set_bits(at, entry.volume, entry.offset, entry.length);
                 }
             }
         }

@@ -49,6 +49,12 @@ impl Record {
                 (SlotSet(a.in_sync.0 & b.in_sync.0), SlotSet(of_a.0 & of_b.0))
             }
         };
+        // Who left S by itself, or never heard that it is a member, is none: whoever fills it may lack what S has (C1). It may have
+        // what it acknowledged; who made it a member has that, too.
+        let members = [a, b]
+            .iter()
+            .filter(|f| !f.in_sync.contains(f.slot) && !planted!("member-by-hearsay"))
+            .fold(members, |members, f| members.without(f.slot));
         Record {
             owner,
             in_sync,
@@ -164,7 +170,8 @@ pub(super) fn went_back(y: &Facts, x: &Facts, store: Option<&StoreRecord>) -> Op
             ));
         }
     }
-    // A copy that undid a resync went back on purpose, and has a bit for every block it undid.
+    // A copy that undid a resync went back on purpose, and has a bit for every block it undid; one that was filled by a copy that
+    // knew of a lower position, too.
     let on_purpose = y.flags.rolled_back || mid_resync(y);
     if same_disk && !on_purpose {
         let generation = known.known_durable_generation;

@@ -342,6 +342,15 @@ impl<'a> Meeting<'a> {
             );
             return Some(wait(Row::R7, why));
         }
+        if let Some(third) = self.third_may_have_more(x) {
+            let why = format!(
+                "{} stopped uncleanly, and {} may have more: it does not finish the resync of slot {} before they met",
+                name(x),
+                crate::words::copies(third),
+                y.slot.0
+            );
+            return Some(wait(Row::R7, why));
+        }
         let how = self.resume(x, y);
         let why = format!(
             "the resync of slot {} toward generation {goal} goes on from {}",
@@ -349,6 +358,22 @@ impl<'a> Meeting<'a> {
             name(x)
         );
         Some(self.copy(Row::R7, x, y, how, None, why))
+    }
+
+    /// The members of S, neither of these two, that may have what `x` lost when it stopped: whom `x` fills then, not having
+    /// stopped, would pass for one that lacks nothing (C1, C2). The primary of the generation is none of them: it fills whom it meets,
+    /// whatever these two did (rows 11 and 12).
+    fn third_may_have_more(&self, x: &Facts) -> Option<SlotSet> {
+        let maker = current_maker(x).unwrap_or(x.slot);
+        let third = self
+            .record
+            .in_sync
+            .without(self.a.slot)
+            .without(self.b.slot)
+            .without(maker);
+        let lost = unclean(x) && !wrote_here(x) && self.record.in_s(x);
+        let waits = lost && self.store.is_none() && !third.is_empty();
+        (waits && !planted!("loser-fills-beside-a-third")).then_some(third)
     }
 
     /// How an interrupted resync goes on.
@@ -452,6 +477,18 @@ impl<'a> Meeting<'a> {
         }
         let y_is_more =
             may_be_source(y) && (!may_be_source(x) || (!wrote_here(x) && self.record.in_s(y)));
+        if !x_has_all
+            && y_is_more
+            && let Some(third) = self.third_may_have_more(y)
+        {
+            let why = format!(
+                "{} stopped uncleanly, and {} may have more: it does not fill slot {} before they met",
+                name(y),
+                crate::words::copies(third),
+                x.slot.0
+            );
+            return wait(Row::R10, why);
+        }
         if !x_has_all && y_is_more {
             let why = format!(
                 "{} stopped uncleanly, but it is fit to be a source and {} is not, or not in sync: what it kept is still more",

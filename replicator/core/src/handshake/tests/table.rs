@@ -436,6 +436,52 @@ fn row_10_between_secondaries_the_one_in_s_is_the_source() {
 }
 
 #[test]
+fn row_7_and_10_who_stopped_uncleanly_fills_nobody_while_a_third_member_may_have_more() {
+    let (mut a, mut b) = pair();
+    for f in [&mut a, &mut b] {
+        f.flags.was_primary = false;
+        f.in_sync = SlotSet(0b110);
+    }
+    // Copy 0 made the generation and is no member any more; copy 1 lost power; copy 2 is in S and away.
+    crash(&mut b);
+    assert_eq!(meet(&a, &b).row, Row::R10);
+    assert_eq!(meet(&a, &b).outcome, Outcome::WaitForThird);
+    let mut filled = a.clone();
+    filled.state = CopyState::Inconsistent;
+    filled.target_of = a.generations.last().expect("one").id;
+    assert_eq!(meet(&filled, &b).row, Row::R7);
+    assert_eq!(meet(&filled, &b).outcome, Outcome::WaitForThird);
+    // Alone in S it has what there is.
+    for f in [&mut filled, &mut b] {
+        f.in_sync = SlotSet(0b010);
+    }
+    assert_eq!(plan(&meet(&filled, &b), Row::R7).source, Slot(1));
+}
+
+#[test]
+fn row_11_a_copy_that_does_not_count_itself_in_s_is_no_member() {
+    let (mut a, mut b) = pair();
+    crash(&mut a);
+    a.in_sync_version += 1;
+    // The primary counts it; it was filled by somebody else since, or never heard.
+    b.in_sync = SlotSet(0b01);
+    b.state = CopyState::Complete;
+    assert_eq!(plan(&meet(&a, &b), Row::R11).source, Slot(0));
+    b.in_sync = SlotSet(0b11);
+    assert_eq!(plan(&meet(&a, &b), Row::R11).source, Slot(1));
+}
+
+#[test]
+fn row_5_a_copy_that_was_filled_up_to_a_lower_position_is_no_old_disk() {
+    let (mut a, mut b) = pair();
+    a.about_peer.known_durable_generation = b.generations.last().expect("one").id;
+    a.about_peer.known_durable_position = b.position + 1;
+    assert_eq!(meet(&a, &b).row, Row::R5);
+    b.flags.rolled_back = true;
+    assert_ne!(meet(&a, &b).row, Row::R5);
+}
+
+#[test]
 fn row_11_an_unclean_primary() {
     let (mut a, b) = pair();
     crash(&mut a);
