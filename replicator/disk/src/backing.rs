@@ -108,6 +108,7 @@ impl Backing {
             None => None,
         };
         let deadline = Instant::now() + options.lock_wait;
+        let mut told = false;
         let opened = loop {
             let opened = Self::open_existing(path, options);
             let held = matches!(
@@ -116,6 +117,13 @@ impl Backing {
             );
             if !held || Instant::now() >= deadline {
                 break opened;
+            }
+            if !std::mem::replace(&mut told, true) {
+                tracing::info!(
+                    path = %path.display(),
+                    "the disk is still held by somebody, perhaps by requests of a killed process; waiting for it for {:?} at most",
+                    options.lock_wait
+                );
             }
             // The kernel has no way to wait for a lock, an exclusive open and a loop device at once, with a limit.
             std::thread::sleep(LOCK_POLL);

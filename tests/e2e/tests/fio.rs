@@ -51,7 +51,10 @@ fn fio_verifies_while_the_secondary_is_killed() {
     let running = std::thread::spawn(move || must(command, LIMIT));
     let mut kills = 0;
     while !running.is_finished() && kills < 5 {
-        std::thread::sleep(Duration::from_millis(100 + random.below(300)));
+        let written = cluster[0].service().position + 600 + random.below(1800);
+        cluster[0].until("fio has written more, or is done", |service| {
+            service.position > written || running.is_finished()
+        });
         cluster[1].kill();
         cluster[1].start();
         kills += 1;

@@ -1,9 +1,10 @@
 //! SIGKILL at random moments of a load, on volumes in sync mode: no acknowledged write is lost, the copies converge, and a copy
 //! that lacks something is not promoted (D1, D2, D4, D7, D8, D10, D11).
 
+use holdfast_e2e::cluster::PATIENCE;
 use holdfast_e2e::story::{Fault, Story};
 use holdfast_e2e::{Backing, Cluster, Settings, random};
-use std::time::Duration;
+use std::time::{Duration, Instant};
 
 fn moments(test: &str, settings: &Settings, faults: &[Fault], each: usize) {
     let mut story = Story::begin(settings, random::seed(test));
@@ -39,6 +40,9 @@ fn the_secondary_is_killed_and_the_primary_goes_on_alone() {
     moments("kill secondary, continue", &settings, &faults, 3);
 }
 
+/// What a start says that finds its disk locked.
+const WAITS: &str = "the disk is still held by somebody";
+
 /// The kernel ends the requests of a killed process after the process itself, and only then gives up its locks: a restart by a
 /// supervisor comes earlier.
 #[test]
@@ -47,12 +51,17 @@ fn a_restart_waits_until_the_requests_of_the_killed_process_have_ended() {
     cluster[1].kill();
     let lock = std::fs::File::open(cluster[1].image("data")).unwrap();
     lock.lock().unwrap();
+    let log = cluster[1].path("replicator.log");
     let held = std::thread::spawn(move || {
-        std::thread::sleep(Duration::from_millis(700));
+        let begun = Instant::now();
+        while !std::fs::read_to_string(&log).unwrap().contains(WAITS) {
+            assert!(begun.elapsed() < PATIENCE, "it does not say that it waits");
+            std::thread::sleep(Duration::from_millis(2));
+        }
         drop(lock);
     });
     cluster[1].start();
-    assert!(held.is_finished(), "it started on a locked backing");
+    held.join().expect("it started on a locked backing");
     cluster.until_connected();
 }
 

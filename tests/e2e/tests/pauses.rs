@@ -304,14 +304,16 @@ fn an_application_that_stands_still_holds_up_nobody() {
         let what = format!("moment {moment}");
         let written = pair.cluster[old].service().position;
         let mut fio = std::process::Command::new("fio");
+        // More answers than a socket buffer holds, whatever its limit.
         fio.args(["--name=stands", "--ioengine=nbd", "--rw=randrw"])
-            .args(["--bs=64k", "--iodepth=32", "--offset=10m", "--size=4m"])
+            .args(["--rwmixread=80", "--bs=256k", "--iodepth=128"])
+            .args(["--offset=10m", "--size=4m"])
             .args(["--time_based", "--runtime=600"])
             .arg(format!("--uri={}", pair.cluster[old].nbd_uri("data")))
             .stdout(std::process::Stdio::null())
             .stderr(std::process::Stdio::null());
         let mut fio = process::spawn(fio).expect("fio");
-        pair.cluster[old].until("fio writes", |service| service.position > written + 200);
+        pair.cluster[old].until("fio writes", |service| service.position > written + 50);
         process::signal(&fio, Signal::STOP);
         let load = pair.load();
         load.until_acknowledged(200);
