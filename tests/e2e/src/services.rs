@@ -232,9 +232,11 @@ impl Cluster {
     pub fn until_service_in_sync(&self, name: &str, primary: usize, copies: &[usize]) {
         let slots: Vec<u8> = copies.iter().map(|slot| *slot as u8).collect();
         // A machine with too little time for its work loses links, copies slowly and comes through all the same: it has time as
-        // long as what is left becomes less.
+        // long as what is left becomes less. Less than at the look before, not than ever: a copy that was away has little to get until it
+        // is told that a resync begins.
         let start = Instant::now();
-        let mut least = (start, u64::MAX);
+        let mut moved = start;
+        let mut before = u64::MAX;
         self[primary].until_some_by("the copies are in sync", |_| {
             let service = self[primary].of(name).report();
             let mut left = 0;
@@ -249,10 +251,11 @@ impl Cluster {
                     && peer.dirty_bytes == 0
                     && peer.resync.is_none();
             }
-            if left < least.1 {
-                least = (Instant::now(), left);
+            if left < before {
+                moved = Instant::now();
             }
-            let deadline = (least.0 + PATIENCE).min(start + 5 * PATIENCE);
+            before = left;
+            let deadline = (moved + PATIENCE).min(start + 5 * PATIENCE);
             if done { Ok(()) } else { Err(deadline) }
         });
         for &at in copies {
