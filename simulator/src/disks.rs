@@ -190,6 +190,7 @@ impl World {
         self.coverage.lost_sectors += lost;
         self.coverage.power_cuts += 1;
         self.log(|| format!("node {node}: power is cut, {lost} sectors go back in time"));
+        self.oracle.lost_power(self.now, node);
         self.loses_memory(node);
         self.end_process(node);
     }
@@ -197,7 +198,7 @@ impl World {
     /// What this copy had not made durable is gone; and with it from every copy that it is to fill: it durably became a target, and
     /// takes whatever this one still has.
     pub(crate) fn loses_memory(&mut self, node: usize) {
-        self.oracle.lost_power(self.now, node);
+        self.oracle.lost_memory(self.now, node);
         for other in (0..self.nodes.len()).filter(|n| *n != node) {
             let durable = self.nodes[other].disk.superblock();
             let is_target = durable.is_some_and(|(_, sb)| {

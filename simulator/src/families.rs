@@ -6,7 +6,7 @@ use crate::rng::Rng;
 use holdfast_wire_format::metadata::{Mode, OnPeerLoss};
 
 /// Every family, in the order in which they are tried.
-pub const FAMILIES: [&str; 15] = [
+pub const FAMILIES: [&str; 16] = [
     "ordinary",
     "writes",
     "commits",
@@ -22,6 +22,7 @@ pub const FAMILIES: [&str; 15] = [
     "memory",
     "greetings",
     "alone",
+    "order",
 ];
 
 /// The moments right before and right after something is made durable.
@@ -83,6 +84,29 @@ impl Plan {
             "greetings" => {
                 plan.latency = one(&mut rng, &[3 * MS, 10 * MS]);
                 plan.pause /= 3;
+            }
+            "order" => {
+                // Two volumes and few blocks: many writes wait for others in the same place, and others do not.
+                let other = one(&mut rng, &[Mode::Async, Mode::SemiSync]);
+                let first = if other == Mode::Async {
+                    Mode::Sync
+                } else {
+                    other
+                };
+                plan.copies = 2 + usize::from(rng.chance(300));
+                plan.modes = vec![first; plan.copies - 1];
+                plan.modes.push(other);
+                plan.volumes = vec![2048, 2048];
+                plan.begin = plan.volumes.clone();
+                plan.hot_sectors = one(&mut rng, &[24, 64, 256]);
+                plan.tuning.log_extents = 12;
+                plan.meta_factor = 20;
+                plan.extent_shift = 13;
+                plan.grain_shift = 12;
+                plan.clients = 3;
+                plan.burst = 16;
+                plan.pause *= 8;
+                plan.think = 20_000;
             }
             "alone" => {
                 plan.policy = OnPeerLoss::Continue;
@@ -508,6 +532,29 @@ impl Plan {
                     self.add(at + 50 * MS, FaultKind::Power { node, down_ms });
                 }
                 at + rng.between(200, 600) * MS
+            }
+            "order" => {
+                // A follower whose disk is behind ends in the midst of applying, and what it holds must be a point in time (D3): some
+                // writes wait for others in the same place, and what depends on them must wait, too.
+                let node = self.copies - 1;
+                self.add(at, FaultKind::SlowDisk { node, ms: 1500 });
+                let strike = one(
+                    rng,
+                    &[
+                        Strike::KilledAndForced,
+                        Strike::KilledAndForced,
+                        Strike::ForcedAlone,
+                    ],
+                );
+                let kind = FaultKind::Ambush {
+                    node,
+                    on: trigger(one(rng, &["flush", "flushed", "log write"])),
+                    strike,
+                    delay_us: rng.below(100_000),
+                    ms: 500,
+                };
+                self.add(at + rng.between(100, 800) * MS, kind);
+                at + rng.between(5000, 7000) * MS
             }
             "alone" => {
                 let ms = rng.between(1500, 4000);

@@ -298,10 +298,12 @@ impl World {
                     self.power(other, ms);
                 }
             }
-            Strike::ForcedAlone | Strike::RottenAndForced => {
-                if strike == Strike::RottenAndForced && self.nodes[node].core.is_some() {
+            Strike::ForcedAlone | Strike::RottenAndForced | Strike::KilledAndForced => {
+                if strike != Strike::ForcedAlone && self.nodes[node].core.is_some() {
                     self.kill(node);
-                    self.nodes[node].rot = Some(crate::plan::Rot::Undo);
+                    if strike == Strike::RottenAndForced {
+                        self.nodes[node].rot = Some(crate::plan::Rot::Undo);
+                    }
                     self.restart(node, 5 * MS);
                 }
                 for other in others {

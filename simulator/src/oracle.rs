@@ -73,6 +73,9 @@ pub struct Oracle {
     /// By copy: when it last lost power, and when its process last ended without a word.
     lost_since: Vec<Option<u64>>,
     killed_since: Vec<Option<u64>>,
+    /// By copy: its disk lost power, so any of what was not flushed may be missing, in whatever order it completed (D3). A process that ends
+    /// loses what was in its memory alone, and leaves a point in time.
+    cache_lost: SlotSet,
     /// The same at each such moment, with what was lost then.
     losses: Vec<Loss>,
     settled_set: SlotSet,
@@ -115,6 +118,7 @@ impl Oracle {
             last_flush: 0,
             lost_since: vec![None; copies],
             killed_since: vec![None; copies],
+            cache_lost: SlotSet::EMPTY,
             losses: Vec::new(),
             settled_set: SlotSet::EMPTY,
             forked: false,
@@ -632,8 +636,10 @@ impl Oracle {
 
     /// D3: what a copy holds must be a cut of the order in which things completed.
     fn is_a_point_in_time(&self, node: usize, view: &[Vec<u64>]) -> Result<(), String> {
-        let volatile =
-            self.lost_since[node].is_some() || self.filled_by_loser.contains(Slot(node as u8));
+        let volatile = self
+            .cache_lost
+            .union(self.filled_by_loser)
+            .contains(Slot(node as u8));
         let mut newest = (0, 0);
         for (volume, sectors) in view.iter().enumerate() {
             for sector in self.all[volume].keys() {
@@ -826,6 +832,12 @@ impl Oracle {
 
     /// The node lost what only its memory (semi-sync) or its disk's cache held.
     pub fn lost_power(&mut self, now: u64, node: usize) {
+        self.cache_lost = self.cache_lost.with(Slot(node as u8));
+        self.lost_memory(now, node);
+    }
+
+    /// It lost what only its memory held.
+    pub fn lost_memory(&mut self, now: u64, node: usize) {
         self.lost_since[node] = Some(now);
         self.unclean(now);
     }
@@ -850,6 +862,7 @@ impl Oracle {
             self.killed_since[node] = None;
             self.given_up_at[node] = None;
             self.filled_by_loser = self.filled_by_loser.without(Slot(node as u8));
+            self.cache_lost = self.cache_lost.without(Slot(node as u8));
         }
     }
 

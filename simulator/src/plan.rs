@@ -201,6 +201,8 @@ pub enum Strike {
     Lose,
     /// Its process ends, its undo rots, the others lose power, and a person forces it.
     RottenAndForced,
+    /// Its process ends with what it was doing, the others lose power, and a person forces it.
+    KilledAndForced,
 }
 
 /// Which metadata rots: any block of its kind that the copy can do without.
