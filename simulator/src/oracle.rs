@@ -724,7 +724,11 @@ impl Oracle {
             let mut entries = self.history[volume].remove(&sector).unwrap_or_default();
             let known = |e: &Entry| {
                 let acknowledged = self.acknowledged(e);
-                match (acknowledged, e.seen) {
+                // What a write that ended with an error leaves nobody can say, not even who read it while it was under way: the disk that
+                // it was read from may be gone, and the copy that serves now never got it.
+                let ended = self.writes[e.write as usize].ended;
+                let seen = e.seen.filter(|_| ended.is_none() || acknowledged.is_some());
+                match (acknowledged, seen) {
                     (Some(a), Some(b)) => Some(a.min(b)),
                     (a, b) => a.or(b),
                 }
