@@ -243,6 +243,27 @@ impl Core {
                 result: Err(text),
             });
         }
+        let filling = self
+            .peers
+            .iter()
+            .find(|p| matches!(p.relation, Relation::Target | Relation::TargetPreparing));
+        if let Some(source) = filling
+            && !planted!("given-up-in-mid-resync")
+        {
+            // D14: what is on its way from there is of the generation that this copy recorded.
+            let text = refusal(
+                format!(
+                    "this copy is being filled by copy {}: nothing of its own is left to give up",
+                    source.slot.0
+                ),
+                "Nothing was discarded",
+                "Wait for the resync to end; the status says then whether a split brain is left",
+            );
+            return out.push(Action::AdminDone {
+                admin,
+                result: Err(text),
+            });
+        }
         let other = self
             .peers
             .iter()
@@ -267,7 +288,10 @@ impl Core {
         self.commit(Then::Admin { admin, text }, out);
         for at in 0..self.peers.len() {
             self.peers[at].wanted = true;
-            if self.peers[at].session.is_none() {
+            // Whoever met it before met another copy.
+            if self.peers[at].session.is_some() && !planted!("given-up-and-not-told") {
+                self.meet_again(at, "this copy gave up its writes", out);
+            } else if self.peers[at].session.is_none() {
                 self.peers[at].relation = Relation::Down;
                 out.push(Action::Connect {
                     peer: self.peers[at].slot,

@@ -631,3 +631,49 @@ fn who_lost_power_fills_nobody_while_another_member_may_have_more() {
     }
     assert!(reached > 5, "reached {reached} times");
 }
+
+/// D14: the writes of copy 1 are given up, and copy 2 fills it. A person who says so once more in the midst of that changes nothing: what is
+/// on its way is what this copy waits for.
+#[test]
+fn who_is_being_filled_has_nothing_left_to_give_up() {
+    for seed in 0..20 {
+        let mut w = World::new(seed, &[Mode::Sync; 3], OnPeerLoss::Continue, &[SIZE], true);
+        for n in 0..3 {
+            w.start(n);
+        }
+        w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 1);
+        cut(&mut w, 1, 2);
+        written(&mut w, 0, 2, 2);
+        w.until("copy 2 follows", 100_000, |w| {
+            w.settled(&[0, 2]) && w.up_to_date(2) && holds(w, 2, 2, 2)
+        });
+        ok(w.promote(1, true));
+        written(&mut w, 1, 3, 3);
+        w.cut.retain(|pair| *pair != (0, 1));
+        w.until("split brain", 100_000, |w| noticed(w, 1, "split-brain"));
+        ok(w.command(1, Command::Demote));
+        cut(&mut w, 0, 1);
+        w.crash(0, false);
+        let discard = Command::ResolveSplitBrain { discard_mine: true };
+        ok(w.command(1, discard.clone()));
+        w.cut.retain(|pair| *pair != (1, 2));
+        w.until("copy 2 fills copy 1", 100_000, |w| {
+            on_disk(w, 1).state == CopyState::Inconsistent
+        });
+        let refused = w.command(1, discard);
+        w.until("copy 1 is whole", 100_000, |w| {
+            w.settled(&[1, 2])
+                && matches!(
+                    on_disk(w, 1).state,
+                    CopyState::Complete | CopyState::UpToDate
+                )
+        });
+        let refused = refused.expect_err("nothing is left").to_string();
+        assert!(refused.contains("being filled"), "{refused}");
+        assert!(!noticed(&w, 1, "bad-frame"), "seed {seed}");
+        assert!(holds(&w, 1, 2, 2) && !holds(&w, 1, 3, 3), "seed {seed}");
+    }
+}
