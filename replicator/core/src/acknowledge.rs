@@ -26,52 +26,43 @@ impl Core {
             }
             inbox.pending_flushes.remove(0);
             inbox.flushing.push(ticket);
-            let waiter = FlushFor::Peer {
+            let due = FlushDue {
                 peer: at,
                 session,
                 ticket,
                 position,
                 resync_sequence,
             };
-            self.flush_locally(waiter, out);
+            self.flush_locally(FlushFor::Peer(due), out);
         }
     }
 
     /// A flush for a peer is over: its acknowledgement is due, once the bits toward third copies are durable that
     /// name what a resync brought (the source clears its own with this acknowledgement, D7).
-    pub(crate) fn peer_flush_done(
-        &mut self,
-        at: usize,
-        session: SessionId,
-        ticket: u64,
-        position: Position,
-        resync_sequence: u64,
-        out: &mut Actions,
-    ) {
+    pub(crate) fn peer_flush_done(&mut self, due: FlushDue, out: &mut Actions) {
+        let at = due.peer;
         let target = &self.peers[at].target;
-        let more = resync_sequence > target.bits_saved
+        let more = due.resync_sequence > target.bits_saved
             && matches!(self.peers[at].relation, Relation::Target)
             && self.peers.len() > 1
             && !planted!("acknowledged-before-bits");
         if more {
-            self.peers[at].target.bits_saved = resync_sequence;
+            self.peers[at].target.bits_saved = due.resync_sequence;
             if !self.save_unsaved_bits(out) {
-                let waiter = (at, session, ticket, position, resync_sequence);
-                return self.acks_after_save.push(waiter);
+                return self.acks_after_save.push(due);
             }
         }
-        self.peer_flush_saved(at, session, ticket, position, resync_sequence, out);
+        self.peer_flush_saved(due, out);
     }
 
-    pub(crate) fn peer_flush_saved(
-        &mut self,
-        at: usize,
-        session: SessionId,
-        ticket: u64,
-        position: Position,
-        resync_sequence: u64,
-        out: &mut Actions,
-    ) {
+    pub(crate) fn peer_flush_saved(&mut self, due: FlushDue, out: &mut Actions) {
+        let FlushDue {
+            peer: at,
+            session,
+            ticket,
+            position,
+            resync_sequence,
+        } = due;
         let inbox = &mut self.peers[at].inbox;
         if inbox.session != session.0 {
             return;

@@ -288,7 +288,7 @@ impl Core {
         self.commit(Then::Admin { admin, text }, out);
         for at in 0..self.peers.len() {
             self.peers[at].wanted = true;
-            // Whoever met it before met another copy.
+            // Whoever is connected knows it as the copy that it was: whole, or a source (D14).
             if self.peers[at].session.is_some() && !planted!("given-up-and-not-told") {
                 self.meet_again(at, "this copy gave up its writes", out);
             } else if self.peers[at].session.is_none() {

@@ -637,7 +637,6 @@ fn new_peer(p: &PeerParameters, record: usize, bitmaps: Vec<DirtyBitmap>, now: T
         forget_at: None,
         grows: false,
         stranger: None,
-        member_here: false,
         again_since: None,
         handshake: String::new(),
         met: None,

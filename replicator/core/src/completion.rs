@@ -175,13 +175,7 @@ impl Core {
     /// Every operation of the application, by position order, looks again whether it may complete.
     pub(crate) fn check_all(&mut self, out: &mut Actions) {
         self.unpark(out);
-        let keys: Vec<u32> = self
-            .window
-            .iter()
-            .map(|e| e.op)
-            .filter(|op| *op != NO_OP)
-            .collect();
-        for key in keys {
+        for key in self.window.ops() {
             self.check_client(key as usize, out);
         }
     }

@@ -17,6 +17,7 @@ mod cluster_store;
 mod completion;
 mod congestion;
 mod diskless;
+mod filling;
 mod foresee;
 mod generations;
 mod growth;

@@ -289,6 +289,11 @@ impl Window {
         self.bytes = 0;
         self.entries.drain(..).collect()
     }
+    /// Keys of the operations that are still under way, oldest first.
+    pub fn ops(&self) -> Vec<u32> {
+        let keys = self.entries.iter().map(|e| e.op);
+        keys.filter(|op| *op != NO_OP).collect()
+    }
     /// Everything above `position`, oldest first.
     pub fn above(&self, position: Position) -> impl Iterator<Item = &Entry> {
         let at = self.entries.partition_point(|e| e.position <= position);

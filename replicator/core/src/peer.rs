@@ -304,8 +304,6 @@ pub(crate) struct Peer {
     pub stranger: Option<u64>,
     /// It can grow its volumes while they are in use.
     pub grows: bool,
-    /// This copy was in S, as far as the two knew when they met.
-    pub member_here: bool,
     pub handshake: String,
     /// When that was.
     pub met: Option<Time>,

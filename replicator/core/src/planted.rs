@@ -314,7 +314,7 @@ use crate::service::{FlushFor, Then};
 pub(crate) fn flush_left_out(waiter: &FlushFor) -> bool {
     match waiter {
         FlushFor::Client(_) => planted!("client-flush-not-done"),
-        FlushFor::Peer { .. } => planted!("flush-not-done"),
+        FlushFor::Peer(_) => planted!("flush-not-done"),
         FlushFor::Complete { .. } => planted!("complete-not-flushed"),
         FlushFor::Promotion => planted!("promotion-not-flushed"),
         FlushFor::DropPeer | FlushFor::DropTarget { .. } => planted!("fork-not-flushed"),

@@ -50,7 +50,7 @@ impl Core {
             return;
         };
         match (header.kind, body) {
-            (FrameKind::Hello, Body::Hello(hello)) => self.hello(at, session, hello, out),
+            (FrameKind::Hello, Body::Hello(hello)) => self.hello(at, hello, out),
             (
                 FrameKind::Bitmap,
                 Body::Bitmap {
@@ -62,7 +62,7 @@ impl Core {
             ) => {
                 self.receive_bits(at, volume, page, grain_shift, &words, out);
             }
-            (FrameKind::BitmapEnd, _) => self.bits_complete(at, session, out),
+            (FrameKind::BitmapEnd, _) => self.bits_complete(at),
             (FrameKind::Ready, _) => self.ready(at, session, header.position, out),
             (FrameKind::Goodbye, Body::Goodbye { code, text }) => {
                 self.goodbye(at, code, &text, out)

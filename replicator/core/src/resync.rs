@@ -596,11 +596,7 @@ impl Core {
             || owner == self.slot.0
             || owner == slot.0
             || self.sb.in_sync.contains(Slot(owner));
-        // A member may not have heard yet that it is one: then the other copy's record says so.
-        let member = self.sb.in_sync.contains(self.slot)
-            || self
-                .peer_index(slot)
-                .is_some_and(|at| self.peers[at].member_here);
+        let member = self.sb.in_sync.contains(self.slot);
         // Both left: this copy was superseded, and the one that superseded it gave way to it. There is nobody else who could.
         let both_left =
             self.sb.in_sync.without(slot).is_empty() && (owner == slot.0 || owner == self.slot.0);
@@ -667,13 +663,7 @@ impl Core {
     /// That copy holds everything that was marked toward it, durably: what was in flight when its session ended has nothing to wait for
     /// there any more.
     pub(crate) fn bits_were_copied(&mut self, slot: Slot) {
-        let keys: Vec<u32> = self
-            .window
-            .iter()
-            .map(|e| e.op)
-            .filter(|op| *op != NO_OP)
-            .collect();
-        for key in keys {
+        for key in self.window.ops() {
             if let Some(Op::Client(op)) = self.ops.get_mut(key as usize)
                 && op.legs[slot.0 as usize] == Leg::Bits
             {

@@ -83,18 +83,22 @@ pub(crate) struct Commit {
     pub waiting: Vec<Then>,
 }
 
+/// A flush frame of that peer, to be acknowledged.
+#[derive(Clone, Copy, Debug)]
+pub(crate) struct FlushDue {
+    pub peer: usize,
+    pub session: SessionId,
+    pub ticket: u64,
+    pub position: Position,
+    pub resync_sequence: u64,
+}
+
 /// Who waits for a local flush.
 #[derive(Clone, Debug)]
 pub(crate) enum FlushFor {
     Client(usize),
     /// A flush frame of that peer.
-    Peer {
-        peer: usize,
-        session: SessionId,
-        ticket: u64,
-        position: Position,
-        resync_sequence: u64,
-    },
+    Peer(FlushDue),
     /// Everything before ResyncDone.
     Complete {
         peer: usize,
@@ -229,7 +233,7 @@ pub struct Core {
     pub(crate) detach_recording: bool,
     pub(crate) save_queue: VecDeque<(usize, usize, u64)>,
     /// Flush acknowledgements that wait for bitmap pages: peer, session, ticket, position, resync sequence.
-    pub(crate) acks_after_save: Vec<(usize, SessionId, u64, Position, u64)>,
+    pub(crate) acks_after_save: Vec<FlushDue>,
     pub(crate) demotion: Option<Option<AdminId>>,
     pub(crate) detaching: Option<AdminId>,
     pub(crate) locks: BTreeMap<RequestId, usize>,

@@ -104,15 +104,7 @@ impl Core {
                 }
                 self.check_client(key, out);
             }
-            FlushFor::Peer {
-                peer,
-                session,
-                ticket,
-                position,
-                resync_sequence,
-            } => {
-                self.peer_flush_done(peer, session, ticket, position, resync_sequence, out);
-            }
+            FlushFor::Peer(due) => self.peer_flush_done(due, out),
             FlushFor::Complete { peer, session } => self.complete_flushed(peer, session, out),
             FlushFor::Promotion => self.promotion_flushed(out),
             FlushFor::DropPeer => self.drop_missing(out),
@@ -595,10 +587,8 @@ impl Core {
         }
         self.pump_saves(out);
         if self.pages_in_flight == 0 && self.save_queue.is_empty() {
-            for (at, session, ticket, position, sequence) in
-                std::mem::take(&mut self.acks_after_save)
-            {
-                self.peer_flush_saved(at, session, ticket, position, sequence, out);
+            for due in std::mem::take(&mut self.acks_after_save) {
+                self.peer_flush_saved(due, out);
             }
         }
         self.pump_log(out);

@@ -246,9 +246,18 @@ fn a_crash_at_any_moment_leaves_copies_that_meet_and_finish_the_growth() {
     );
 }
 
-/// Everything happens but the writes of that copy's metadata.
-fn without_metadata(w: &mut World, n: usize, limit: usize, mut done: impl FnMut(&World) -> bool) {
-    let metadata = |a: &Action| matches!(a, Action::MetaWrite { .. });
+fn metadata(a: &Action) -> bool {
+    matches!(a, Action::MetaWrite { .. })
+}
+
+/// Everything happens but what the disk of that copy is to do of this kind.
+fn without(
+    w: &mut World,
+    n: usize,
+    kind: fn(&Action) -> bool,
+    limit: usize,
+    mut done: impl FnMut(&World) -> bool,
+) {
     for _ in 0..limit {
         if done(w) {
             return;
@@ -256,7 +265,7 @@ fn without_metadata(w: &mut World, n: usize, limit: usize, mut done: impl FnMut(
         let held: Vec<Action>;
         (held, w.nodes[n].pending) = std::mem::take(&mut w.nodes[n].pending)
             .into_iter()
-            .partition(metadata);
+            .partition(kind);
         w.step();
         w.nodes[n].pending.extend(held);
     }
@@ -291,13 +300,13 @@ fn a_larger_size_is_asked_for_while_a_smaller_one_is_written_down() {
         }
         met += 1;
         w.drop_link(0, 2, "a blip");
-        without_metadata(&mut w, 1, 4000, |w| {
+        without(&mut w, 1, metadata, 4000, |w| {
             w.nodes[0].admin.contains_key(&first) && w.settled(&[0, 2])
         });
         w.nodes[0].admin[&first].clone().unwrap_err();
         let second = w.admin(0, grow(1));
         let mut left = 300;
-        without_metadata(&mut w, 1, 400, |_| {
+        without(&mut w, 1, metadata, 400, |_| {
             left -= 1;
             left == 0
         });
@@ -312,22 +321,6 @@ fn a_larger_size_is_asked_for_while_a_smaller_one_is_written_down() {
         }
     }
     assert!(met > 5, "{met}");
-}
-
-/// Everything happens but the writes of that copy's superblock of the second volume.
-fn without_its_size(w: &mut World, n: usize, limit: usize, mut done: impl FnMut(&World) -> bool) {
-    for _ in 0..limit {
-        if done(w) {
-            return;
-        }
-        let held: Vec<Action>;
-        (held, w.nodes[n].pending) = std::mem::take(&mut w.nodes[n].pending)
-            .into_iter()
-            .partition(superblock_of_the_second);
-        w.step();
-        w.nodes[n].pending.extend(held);
-    }
-    panic!("never came");
 }
 
 /// A copy is still writing down one size when the service moves, and the next primary, to which it was connected all the time, asks
@@ -349,25 +342,29 @@ fn the_next_primary_asks_for_more_while_a_smaller_size_is_written_down() {
             size: OLD + (OLD / 2),
         };
         let first = w.admin(0, smaller);
-        without_its_size(&mut w, slow, 4000, |w| writes_size(w, slow));
+        without(&mut w, slow, superblock_of_the_second, 4000, |w| {
+            writes_size(w, slow)
+        });
         let demoted = w.admin(0, Command::Demote);
-        without_its_size(&mut w, slow, 4000, |w| {
+        without(&mut w, slow, superblock_of_the_second, 4000, |w| {
             w.nodes[0].admin.contains_key(&demoted)
         });
         ok(w.nodes[0].admin[&demoted].clone());
         w.nodes[0].admin[&first].clone().unwrap_err();
-        without_its_size(&mut w, slow, 4000, |w| w.settled(&[2, 0]));
+        without(&mut w, slow, superblock_of_the_second, 4000, |w| {
+            w.settled(&[2, 0])
+        });
         let promoted = w.admin(2, Command::Promote { force: false });
-        without_its_size(&mut w, slow, 4000, |w| {
+        without(&mut w, slow, superblock_of_the_second, 4000, |w| {
             w.nodes[2].admin.contains_key(&promoted)
         });
         ok(w.nodes[2].admin[&promoted].clone());
-        without_its_size(&mut w, slow, 4000, |w| {
+        without(&mut w, slow, superblock_of_the_second, 4000, |w| {
             w.settled(&[2, 0]) && w.settled(&[2, 1])
         });
         let second = w.admin(2, grow(1));
         let mut left = 400;
-        without_its_size(&mut w, slow, 500, |_| {
+        without(&mut w, slow, superblock_of_the_second, 500, |_| {
             left -= 1;
             left == 0
         });

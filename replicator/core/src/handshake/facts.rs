@@ -67,11 +67,6 @@ impl Record {
     }
 }
 
-/// Whether the copy in `slot`, one of the two, is in S as far as the pair knows.
-pub(crate) fn in_sync(a: &Facts, b: &Facts, slot: Slot) -> bool {
-    Record::of(a, b, None).members.contains(slot)
-}
-
 /// S as `of` holds it, without `other` if another disk is in that slot by now.
 fn by_disk(of: &Facts, other: &Facts) -> SlotSet {
     let known = &of.about_peer;
@@ -130,6 +125,11 @@ pub(super) fn reach(f: &Facts) -> Position {
 pub(super) fn wrote_here(f: &Facts) -> bool {
     (f.flags.was_primary || f.is_primary)
         && f.generations.last().is_some_and(|g| g.maker == f.slot.0)
+}
+
+/// Who made the copy's current generation.
+pub(super) fn current_maker(f: &Facts) -> Option<Slot> {
+    f.generations.last().map(|g| Slot(g.maker))
 }
 
 /// The bitmap of `of` toward `toward` says where the two differ, for data that both shared in generation `shared`.

@@ -7,19 +7,20 @@
 //! unclean attach, every write in flight that the receiver did not acknowledge, and the unstable set if the
 //! receiver came back under a new incarnation. `docs/handshake.md` lists everything the caller guarantees.
 
+mod branches;
 mod explain;
 mod facts;
 pub mod history;
 pub mod outline;
 mod promote;
 mod rows;
+mod same_generation;
 #[cfg(feature = "planted-defects")]
 mod swapped;
 #[cfg(test)]
 mod tests;
 
 pub use explain::{Names, explain};
-pub(crate) use facts::in_sync;
 pub use promote::{Promotion, PromotionKind, may_promote};
 pub use rows::decide;
 

@@ -2,10 +2,10 @@
 
 use super::facts::*;
 use super::history::{self, Relation, current, holds};
-use super::{CopyPlan, Decision, How, Outcome, Problem, Question, Row, Side, StoreRecord, Surplus};
+use super::{CopyPlan, Decision, How, Outcome, Problem, Question, Row, StoreRecord, Surplus};
 use holdfast_wire_format::frame::Facts;
 use holdfast_wire_format::ids::*;
-use holdfast_wire_format::metadata::{CopyState, Generation, GenerationCause, Mode};
+use holdfast_wire_format::metadata::CopyState;
 
 /// Decides what two copies do when they meet.
 ///
@@ -37,7 +37,7 @@ fn by_table(a: &Facts, b: &Facts, store: Option<&StoreRecord>) -> Decision {
         .unwrap_or_else(|| m.by_history())
 }
 
-fn refuse(row: Row, problem: Problem) -> Decision {
+pub(super) fn refuse(row: Row, problem: Problem) -> Decision {
     let why = problem.to_string();
     Decision {
         row,
@@ -46,7 +46,7 @@ fn refuse(row: Row, problem: Problem) -> Decision {
     }
 }
 
-fn ask(row: Row, question: Question, why: String) -> Decision {
+pub(super) fn ask(row: Row, question: Question, why: String) -> Decision {
     Decision {
         row,
         outcome: Outcome::AskPerson { question },
@@ -54,7 +54,7 @@ fn ask(row: Row, question: Question, why: String) -> Decision {
     }
 }
 
-fn wait(row: Row, why: String) -> Decision {
+pub(super) fn wait(row: Row, why: String) -> Decision {
     Decision {
         row,
         outcome: Outcome::WaitForThird,
@@ -63,7 +63,7 @@ fn wait(row: Row, why: String) -> Decision {
 }
 
 /// "slot 1 (generation 00000000000000ab, position 7)".
-fn name(f: &Facts) -> String {
+pub(super) fn name(f: &Facts) -> String {
     let bound = if f.unclean_start && !f.is_primary {
         " or more"
     } else {
@@ -77,20 +77,20 @@ fn name(f: &Facts) -> String {
     )
 }
 
-struct Meeting<'a> {
-    a: &'a Facts,
-    b: &'a Facts,
-    store: Option<&'a StoreRecord>,
-    record: Record,
+pub(super) struct Meeting<'a> {
+    pub(super) a: &'a Facts,
+    pub(super) b: &'a Facts,
+    pub(super) store: Option<&'a StoreRecord>,
+    pub(super) record: Record,
 }
 
 impl<'a> Meeting<'a> {
     /// Both ways round: the second is the copy a row speaks of as Y.
-    fn ways(&self) -> [(&'a Facts, &'a Facts); 2] {
+    pub(super) fn ways(&self) -> [(&'a Facts, &'a Facts); 2] {
         [(self.a, self.b), (self.b, self.a)]
     }
 
-    fn copy(
+    pub(super) fn copy(
         &self,
         row: Row,
         x: &Facts,
@@ -363,7 +363,7 @@ impl<'a> Meeting<'a> {
     /// The members of S, neither of these two, that may have what `x` lost when it stopped: whom `x` fills then, not having
     /// stopped, would pass for one that lacks nothing (C1, C2). The primary of the generation is none of them: it fills whom it meets,
     /// whatever these two did (rows 11 and 12).
-    fn third_may_have_more(&self, x: &Facts) -> Option<SlotSet> {
+    pub(super) fn third_may_have_more(&self, x: &Facts) -> Option<SlotSet> {
         let maker = current_maker(x).unwrap_or(x.slot);
         let third = self
             .record
@@ -420,491 +420,5 @@ impl<'a> Meeting<'a> {
             } => self.siblings(ancestor, first, second),
             Relation::Unrelated { cut } => refuse(Row::R17, Problem::Unrelated { cut }),
         }
-    }
-
-    /// Rows 9 to 13.
-    fn same_generation(&self) -> Decision {
-        let (a, b) = (self.a, self.b);
-        if a.is_primary && b.is_primary {
-            let detail = format!(
-                "slots {} and {} both serve as primary in generation {}",
-                a.slot.0,
-                b.slot.0,
-                current(a)
-            );
-            return refuse(Row::R1, Problem::Defect { detail });
-        }
-        match (unclean(a), unclean(b)) {
-            (true, true) => self.both_unclean(),
-            (true, false) => self.one_unclean(b, a),
-            (false, true) => self.one_unclean(a, b),
-            (false, false) => self.none_unclean(),
-        }
-    }
-
-    fn lists_usable(&self) -> bool {
-        list_usable(self.a, self.b, current(self.a)) && list_usable(self.b, self.a, current(self.b))
-    }
-
-    /// Rows 10 and 11: Y stopped uncleanly, X lived on.
-    fn one_unclean(&self, x: &Facts, y: &Facts) -> Decision {
-        let how = by_lists(self.lists_usable());
-        // A write completes when every member of S has it, so a member that lived on has all that completed. A
-        // member that was dropped but is still UpToDate in this generation counts too: completing without it
-        // would have begun a new one.
-        let member =
-            self.record.in_s(x) || (x.state == CopyState::UpToDate && x.in_sync.contains(x.slot));
-        let waits = x.mode != Mode::Async && y.mode != Mode::Async;
-        let x_has_all = may_be_source(x)
-            && (x.is_primary || (member && waits) || planted!("non-member-has-all"));
-        if wrote_here(y) {
-            return if x_has_all {
-                let why = format!(
-                    "the primary in {} stopped uncleanly; {} was in sync and has every write that completed. What only slot {} holds was never acknowledged",
-                    name(y),
-                    name(x),
-                    y.slot.0
-                );
-                self.copy(Row::R11, x, y, how, None, why)
-            } else {
-                let why = format!(
-                    "the primary in {} stopped uncleanly, but {} was not in sync and may lack writes that completed",
-                    name(y),
-                    name(x)
-                );
-                self.copy(Row::R11, y, x, how, None, why)
-            };
-        }
-        let y_is_more =
-            may_be_source(y) && (!may_be_source(x) || (!wrote_here(x) && self.record.in_s(y)));
-        if !x_has_all
-            && y_is_more
-            && let Some(third) = self.third_may_have_more(y)
-        {
-            let why = format!(
-                "{} stopped uncleanly, and {} may have more: it does not fill slot {} before they met",
-                name(y),
-                crate::words::copies(third),
-                x.slot.0
-            );
-            return wait(Row::R10, why);
-        }
-        if !x_has_all && y_is_more {
-            let why = format!(
-                "{} stopped uncleanly, but it is fit to be a source and {} is not, or not in sync: what it kept is still more",
-                name(y),
-                name(x)
-            );
-            return self.copy(Row::R10, y, x, how, None, why);
-        }
-        let why = format!(
-            "{} stopped uncleanly and may have lost what its disk held in its cache; {} lived on",
-            name(y),
-            name(x)
-        );
-        self.copy(Row::R10, x, y, how, None, why)
-    }
-
-    /// Row 12.
-    fn both_unclean(&self) -> Decision {
-        let how = by_lists(self.lists_usable());
-        let both = format!(
-            "{} and {} both stopped uncleanly",
-            name(self.a),
-            name(self.b)
-        );
-        for (x, y) in self.ways() {
-            if may_be_source(x) && !may_be_source(y) {
-                let why = format!("{both}; slot {} alone is fit to be a source", x.slot.0);
-                return self.copy(Row::R12, x, y, how, None, why);
-            }
-        }
-        for (x, y) in self.ways() {
-            if self.store.is_some() && self.record.owner == Some(x.slot) && self.record.in_s(x) {
-                let why = format!("{both}; slot {} owns the epoch", x.slot.0);
-                return self.copy(Row::R12, x, y, how, None, why);
-            }
-        }
-        // A generation is made by the one copy that writes in it, so at most one of the two qualifies.
-        for (x, y) in self.ways() {
-            if wrote_here(x) {
-                let why = format!(
-                    "{both}; slot {} was the primary of this generation",
-                    x.slot.0
-                );
-                return self.copy(Row::R12, x, y, how, None, why);
-            }
-        }
-        for (x, y) in self.ways() {
-            if self.record.in_s(x) && !self.record.in_s(y) {
-                let why = format!("{both}, neither as primary; slot {} is in sync", x.slot.0);
-                return self.copy(Row::R12, x, y, how, None, why);
-            }
-        }
-        for rule in [current_maker(self.a), self.record.owner] {
-            for (x, y) in self.ways() {
-                if rule == Some(x.slot) {
-                    let why = format!(
-                        "{both} before anything was written in this generation; slot {} made it",
-                        x.slot.0
-                    );
-                    return self.copy(Row::R12, x, y, how, None, why);
-                }
-            }
-        }
-        wait(
-            Row::R12,
-            format!("{both}, and the primary of this generation was a third copy"),
-        )
-    }
-
-    /// Rows 9 and 13.
-    fn none_unclean(&self) -> Decision {
-        let (a, b) = (self.a, self.b);
-        let lists = self.lists_usable();
-        let no_bits = a.about_peer.bits == 0 && b.about_peer.bits == 0;
-        let good = |f: &Facts| matches!(f.state, CopyState::UpToDate | CopyState::Complete);
-        let states_fit = (good(a) && good(b))
-            || (a.state == CopyState::Consistent && b.state == CopyState::Consistent);
-        let equal = lists && no_bits && reach(a) == reach(b);
-        if (equal || planted!("equal-generation-is-equal")) && states_fit {
-            let why = format!(
-                "both copies are at position {} of generation {} and nothing is marked",
-                reach(a),
-                current(a)
-            );
-            return Decision {
-                row: Row::R9,
-                outcome: Outcome::Nothing,
-                why,
-            };
-        }
-        // A shortfall that no bit accounts for: a list is missing somewhere, so every block is compared.
-        let accounted = reach(a) == reach(b) || !no_bits;
-        let how = by_lists(lists && accounted);
-        let source = self.source_of_13();
-        let Some((x, y, reason)) = source else {
-            let detail = format!(
-                "{} and {} both hold blocks the other lacks, and neither made that generation",
-                name(a),
-                name(b)
-            );
-            return refuse(Row::R13, Problem::Defect { detail });
-        };
-        if reach(y) > reach(x) && x.mode != Mode::Async {
-            // A primary, or a clean former one, holds everything of its generation.
-            let why = format!(
-                "{} should hold everything of its generation, but {} holds more: its disk went back in time",
-                name(x),
-                name(y)
-            );
-            return self.copy(Row::R5, y, x, How::FullByChecksum, None, why);
-        }
-        let why = format!(
-            "{} and {} differ in at most {} blocks ({} bytes); {reason}",
-            name(x),
-            name(y),
-            a.about_peer.bits + b.about_peer.bits,
-            a.about_peer.bytes + b.about_peer.bytes
-        );
-        self.copy(Row::R13, x, y, how, None, why)
-    }
-
-    fn source_of_13(&self) -> Option<(&'a Facts, &'a Facts, String)> {
-        let pick = |test: &dyn Fn(&Facts, &Facts) -> bool, reason: &str| {
-            self.ways()
-                .into_iter()
-                .find(|(x, y)| test(x, y) && !test(y, x))
-                .map(|(x, y)| (x, y, format!("slot {} {reason}", x.slot.0)))
-        };
-        pick(&|x, _| x.is_primary, "is primary")
-            .or_else(|| pick(&|x, _| may_be_source(x), "is the one fit to be a source"))
-            .or_else(|| {
-                pick(
-                    &|x, _| {
-                        self.store.is_some()
-                            && self.record.owner == Some(x.slot)
-                            && self.record.in_s(x)
-                    },
-                    "owns the epoch",
-                )
-            })
-            // Only a member of S is known to hold every acknowledged write.
-            .or_else(|| pick(&|x, _| self.record.in_s(x), "is in sync"))
-            .or_else(|| {
-                pick(
-                    &|x, y| x.about_peer.bits > 0 && reach(x) >= reach(y),
-                    "alone has blocks marked",
-                )
-            })
-            .or_else(|| pick(&|x, _| wrote_here(x), "was the primary of this generation"))
-            .or_else(|| pick(&|x, y| reach(x) > reach(y), "is further"))
-            .or_else(|| {
-                pick(
-                    &|x, _| self.record.owner == Some(x.slot),
-                    "owns the newest epoch",
-                )
-            })
-            .or_else(|| {
-                pick(
-                    &|x, _| current_maker(x) == Some(x.slot),
-                    "made this generation",
-                )
-            })
-            // Both followed a third copy equally far, and each marked what the other may have missed of it.
-            .or_else(|| {
-                let third = current_maker(self.a)
-                    .is_some_and(|maker| maker != self.a.slot && maker != self.b.slot);
-                third.then(|| {
-                    let maker = current_maker(self.a).map_or(0, |slot| slot.0);
-                    let why = format!(
-                        "slot {maker} made this generation, and both followed it equally far: slot {} has the lower number",
-                        self.a.slot.0
-                    );
-                    (self.a, self.b, why)
-                })
-            })
-    }
-
-    /// Rows 14 and 15: Y's generation is an ancestor of X's, which left it with `child`.
-    fn older(&self, x: &Facts, y: &Facts, child: &Generation) -> Decision {
-        if let Some(decision) = self.uncommitted_newer(x, y) {
-            return decision;
-        }
-        let surplus = surplus_beyond(y, x, child);
-        let bits_of_x = list_usable(x, y, current(y));
-        let list_of_y = list_usable(y, x, current(y));
-        let how = by_lists(bits_of_x && (surplus.is_none() || list_of_y));
-        let behind = format!(
-            "{} is behind {}, which left that generation at position {} ({} by slot {})",
-            name(y),
-            name(x),
-            child.fork_position,
-            crate::words::cause(child.cause),
-            child.maker
-        );
-        match surplus {
-            Some(s) if s.acknowledged => {
-                let consented = matches!(
-                    child.cause,
-                    GenerationCause::Promotion | GenerationCause::Force | GenerationCause::Restart
-                );
-                let what = format!(
-                    "{behind}. Slot {} holds writes after position {} that may have been acknowledged ({})",
-                    y.slot.0,
-                    s.after,
-                    amount(s.blocks)
-                );
-                if consented {
-                    let why = format!(
-                        "{what}; whoever let slot {} go on accepted their loss",
-                        child.maker
-                    );
-                    self.copy(Row::R15, x, y, how, Some(s), why)
-                } else {
-                    let question = Question::GiveUpSurplus {
-                        source: x.slot,
-                        target: y.slot,
-                        surplus: s,
-                    };
-                    ask(
-                        Row::R15,
-                        question,
-                        format!("{what}, and nobody has accepted their loss"),
-                    )
-                }
-            }
-            Some(s) => {
-                let why = format!(
-                    "{behind}. What slot {} holds beyond that was never acknowledged ({})",
-                    y.slot.0,
-                    amount(s.blocks)
-                );
-                self.copy(Row::R14, x, y, how, Some(s), why)
-            }
-            None => self.copy(Row::R14, x, y, how, None, behind),
-        }
-    }
-
-    /// The newer generation was never committed to the store, so nothing ever completed in it, and the other copy
-    /// owns the epoch: X returns to what the store says. (Sync mode; elsewhere X may hold acknowledged writes.)
-    fn uncommitted_newer(&self, x: &Facts, y: &Facts) -> Option<Decision> {
-        let store = self.store?;
-        let sync = x.mode == Mode::Sync && y.mode == Mode::Sync;
-        if !sync
-            || store.generation != current(y)
-            || self.record.owner != Some(y.slot)
-            || !self.record.in_s(y)
-            || unclean(y)
-        {
-            return None;
-        }
-        let how = by_lists(list_usable(x, y, current(y)) && list_usable(y, x, current(y)));
-        let surplus = Surplus {
-            holder: x.slot,
-            generation: current(x),
-            after: 0,
-            until: reach(x),
-            blocks: list_usable(x, y, current(y))
-                .then_some((x.about_peer.bits, x.about_peer.bytes)),
-            acknowledged: false,
-        };
-        let why = format!(
-            "{} made a generation that the store never committed, so nothing completed in it; slot {} owns the epoch",
-            name(x),
-            y.slot.0
-        );
-        Some(self.copy(Row::R14, y, x, how, Some(surplus), why))
-    }
-
-    /// Rows 6 and 16.
-    fn siblings(
-        &self,
-        ancestor: GenerationId,
-        branch_a: Generation,
-        branch_b: Generation,
-    ) -> Decision {
-        let row = if epochs_conflict(self.a, self.b) {
-            Row::R6
-        } else {
-            Row::R16
-        };
-        let (a, b) = (self.a, self.b);
-        let trusted =
-            went_back(a, b, self.store).is_none() && went_back(b, a, self.store).is_none();
-        let usable = trusted && list_usable(a, b, ancestor) && list_usable(b, a, ancestor);
-        let how = by_lists(usable);
-        let surplus = |y: &Facts, after: Position| Surplus {
-            holder: y.slot,
-            generation: ancestor,
-            after,
-            until: reach(y),
-            blocks: usable.then_some((y.about_peer.bits, y.about_peer.bytes)),
-            acknowledged: false,
-        };
-        let sides = [(a, b, branch_a, branch_b), (b, a, branch_b, branch_a)];
-        for (x, y, of_x, of_y) in sides {
-            if self.never_committed(x, y, &of_x, &of_y) {
-                let why = format!(
-                    "{} left generation {ancestor} without a commit in the store, so nothing completed there; {} is what the store says",
-                    name(y),
-                    name(x)
-                );
-                return self.copy(row, x, y, how, Some(surplus(y, of_x.fork_position)), why);
-            }
-        }
-        let empty = sides.map(|(x, y, of_x, of_y)| {
-            trusted
-                && (wrote_nothing(y, x, ancestor, &of_y, of_x.fork_position)
-                    || (self.store.is_none() && completed_nothing(y, x, &of_y, &of_x)))
-        });
-        let chosen = match empty {
-            [false, false] => None,
-            [true, false] => Some(sides[0]),
-            [false, true] => Some(sides[1]),
-            // Nothing is at stake: a serving primary keeps serving, then the newest epoch, then the longer
-            // shared part; at last any rule will do that both ends apply alike.
-            [true, true] => {
-                let rank = |f: &Facts, branch: &Generation| {
-                    (
-                        f.is_primary,
-                        self.record.owner == Some(f.slot),
-                        f.epoch.number,
-                        branch.fork_position,
-                        branch.id,
-                    )
-                };
-                Some(if rank(a, &branch_a) >= rank(b, &branch_b) {
-                    sides[0]
-                } else {
-                    sides[1]
-                })
-            }
-        };
-        if let Some((x, y, of_x, of_y)) = chosen
-            && may_be_source(x)
-        {
-            let why = format!(
-                "{} and {} both left generation {ancestor}, but slot {} {} that slot {} lacks",
-                name(a),
-                name(b),
-                y.slot.0,
-                if wrote_nothing(y, x, ancestor, &of_y, of_x.fork_position) {
-                    "wrote nothing"
-                } else {
-                    "had to wait for the other with everything it wrote, and completed nothing"
-                },
-                x.slot.0
-            );
-            // Nothing in its own branch; but a branch made after an unclean stop forks at a lower bound, and what lies
-            // beyond it in the common generation may have been acknowledged.
-            let kept = (!wrote_nothing_at_all(y)).then(|| Surplus {
-                acknowledged: true,
-                ..surplus(y, of_x.fork_position)
-            });
-            return self.copy(row, x, y, how, kept, why);
-        }
-        let side = |f: &Facts, other: &Facts, branch: Generation| Side {
-            slot: f.slot,
-            branch,
-            generation: current(f),
-            position: reach(f),
-            blocks: (trusted && list_usable(f, other, ancestor))
-                .then_some((f.about_peer.bits, f.about_peer.bytes)),
-            is_primary: f.is_primary,
-        };
-        let sides = [side(a, b, branch_a), side(b, a, branch_b)];
-        let told: Vec<String> = sides
-            .iter()
-            .map(|s| {
-                format!(
-                    "slot {} at position {} ({} by slot {} in epoch {}, {})",
-                    s.slot.0,
-                    s.branch.fork_position,
-                    crate::words::cause(s.branch.cause),
-                    s.branch.maker,
-                    s.branch.epoch.number,
-                    amount(s.blocks)
-                )
-            })
-            .collect();
-        let why = format!(
-            "split brain: both copies left generation {ancestor}: {}",
-            told.join("; ")
-        );
-        Decision {
-            row,
-            outcome: Outcome::SplitBrain { ancestor, sides },
-            why,
-        }
-    }
-
-    /// The store holds X's branch, entered by a checked promotion: Y's branch was never committed, for otherwise X
-    /// would not have been in S. In sync mode nothing completed in it.
-    fn never_committed(&self, x: &Facts, y: &Facts, of_x: &Generation, of_y: &Generation) -> bool {
-        let Some(store) = self.store else {
-            return false;
-        };
-        y.mode == Mode::Sync
-            && x.mode == Mode::Sync
-            && of_x.cause != GenerationCause::Force
-            && of_y.cause != GenerationCause::Force
-            && holds(x, store.generation)
-            && history::at_or_before(x, of_x.id, store.generation)
-    }
-}
-
-fn current_maker(f: &Facts) -> Option<Slot> {
-    f.generations.last().map(|g| Slot(g.maker))
-}
-
-fn wrote_nothing_at_all(f: &Facts) -> bool {
-    f.about_peer.known && f.about_peer.bits == 0
-}
-
-fn amount(blocks: Option<(u64, u64)>) -> String {
-    match blocks {
-        Some((blocks, bytes)) => format!("at most {blocks} blocks, {bytes} bytes"),
-        None => "no list of them is left".into(),
     }
 }
