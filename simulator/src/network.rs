@@ -5,7 +5,6 @@ use crate::rng::Rng;
 use crate::world::{Backlog, Happening, SERVICE, Stamps, World};
 use holdfast_replicator_core::api::*;
 use holdfast_wire_format::frame::*;
-use holdfast_wire_format::frame_codec::WIRE_VERSION_MIN;
 use holdfast_wire_format::ids::*;
 use std::collections::BTreeMap;
 
@@ -437,7 +436,7 @@ impl World {
         if !c.broken {
             let at = (now + delay).max(c.last_arrival[1 - from]);
             c.last_arrival[1 - from] = at;
-            let header = goodbye_header();
+            let header = FrameHeader::new(FrameKind::Goodbye, SERVICE);
             let body = Body::Goodbye { code, text };
             let frame = Frame {
                 header,
@@ -608,25 +607,5 @@ impl World {
         for (connection, to) in ids {
             self.after(0, Happening::Deliver { connection, to });
         }
-    }
-}
-
-fn goodbye_header() -> FrameHeader {
-    FrameHeader {
-        version: WIRE_VERSION_MIN,
-        kind: FrameKind::Goodbye,
-        flags: FrameFlags::default(),
-        payload_length: 0,
-        payload_crc: 0,
-        service_tag: (SERVICE.0 >> 64) as u64,
-        volume: VolumeIndex(0),
-        epoch: Epoch::NONE,
-        generation: GenerationId(0),
-        incarnation: Incarnation(0),
-        position: 0,
-        dependency: 0,
-        stable_position: 0,
-        offset: 0,
-        length: 0,
     }
 }

@@ -4,6 +4,7 @@
 //! `ResyncData`, `ReadReply`) carry raw block data as payload and nothing else; every other kind carries
 //! the encoding of its [`Body`]. Header and payload have a CRC each.
 
+use crate::frame_codec::WIRE_VERSION_MIN;
 use crate::ids::*;
 use crate::metadata::{CopyFlags, CopyState, Generation, GenerationCause, Mode, OnPeerLoss};
 
@@ -115,6 +116,37 @@ pub struct FrameHeader {
     pub offset: u64,
     /// Bytes of the volume concerned (equals `payload_length` for data frames).
     pub length: u32,
+}
+
+/// What the frames of a service are marked with: the first 8 bytes of its id.
+#[must_use]
+pub fn service_tag(service: Uuid) -> u64 {
+    (service.0 >> 64) as u64
+}
+
+impl FrameHeader {
+    /// A header that says nothing but its kind and service, in the oldest version that is spoken: without payload, of no epoch and
+    /// no generation.
+    #[must_use]
+    pub fn new(kind: FrameKind, service: Uuid) -> FrameHeader {
+        FrameHeader {
+            version: WIRE_VERSION_MIN,
+            kind,
+            flags: FrameFlags::default(),
+            payload_length: 0,
+            payload_crc: 0,
+            service_tag: service_tag(service),
+            volume: VolumeIndex(0),
+            epoch: Epoch::NONE,
+            generation: GenerationId(0),
+            incarnation: Incarnation(0),
+            position: 0,
+            dependency: 0,
+            stable_position: 0,
+            offset: 0,
+            length: 0,
+        }
+    }
 }
 
 /// Bytes of an encoded header.

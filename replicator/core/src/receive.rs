@@ -195,7 +195,7 @@ impl Core {
         if !on_it || self.role == Role::Detached {
             return None;
         }
-        if header.service_tag != (self.sb.service.0 >> 64) as u64 {
+        if header.service_tag != service_tag(self.sb.service) {
             self.bad_frame(at, "it belongs to another service", out);
             return None;
         }

@@ -10,7 +10,6 @@ use crate::overlap::OverlapIndex;
 use crate::peer::*;
 use crate::status::Counters;
 use holdfast_wire_format::frame::*;
-use holdfast_wire_format::frame_codec::WIRE_VERSION_MIN;
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::layout::Layout;
 use holdfast_wire_format::metadata::*;
@@ -596,26 +595,16 @@ impl Core {
     /// A frame header toward one peer with everything that does not depend on the kind.
     pub(crate) fn header(&self, kind: FrameKind) -> FrameHeader {
         FrameHeader {
-            // `send` puts in what was agreed with the receiver.
-            version: WIRE_VERSION_MIN,
-            kind,
-            flags: FrameFlags::default(),
-            payload_length: 0,
-            payload_crc: 0,
-            service_tag: (self.sb.service.0 >> 64) as u64,
-            volume: VolumeIndex(0),
+            // `send` puts in the version that was agreed with the receiver.
             epoch: self.sb.epoch_gate,
             generation: self.generation(),
             incarnation: self.sb.incarnation,
-            position: 0,
-            dependency: 0,
             stable_position: if self.role == Role::Primary {
                 self.stable_position()
             } else {
                 0
             },
-            offset: 0,
-            length: 0,
+            ..FrameHeader::new(kind, self.sb.service)
         }
     }
 

@@ -6,8 +6,8 @@
 
 use bytes::Bytes;
 use holdfast_link::*;
-use holdfast_wire_format::frame::{FrameFlags, FrameHeader, FrameKind, GoodbyeCode};
-use holdfast_wire_format::frame_codec::{WIRE_VERSION_MIN, payload_crc};
+use holdfast_wire_format::frame::{FrameHeader, FrameKind, GoodbyeCode};
+use holdfast_wire_format::frame_codec::payload_crc;
 use holdfast_wire_format::ids::*;
 use std::cell::{Cell, OnceCell, RefCell};
 use std::future::Future;
@@ -22,21 +22,13 @@ const BULK_QUEUE: usize = 4 << 20;
 
 fn header(kind: FrameKind, position: u64, payload: &[u8], crc: u32) -> FrameHeader {
     FrameHeader {
-        version: WIRE_VERSION_MIN,
-        kind,
-        flags: FrameFlags::default(),
         payload_length: payload.len() as u32,
         payload_crc: crc,
-        service_tag: service_tag(SERVICE),
-        volume: VolumeIndex(0),
-        epoch: Epoch::NONE,
         generation: GenerationId(1),
         incarnation: Incarnation(1),
         position,
-        dependency: 0,
-        stable_position: 0,
-        offset: 0,
         length: payload.len() as u32,
+        ..FrameHeader::new(kind, SERVICE)
     }
 }
 

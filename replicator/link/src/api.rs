@@ -168,11 +168,6 @@ pub trait LinkHandler: 'static {
     }
 }
 
-/// First 8 bytes of a service id: on every frame of its stream.
-pub fn service_tag(service: Uuid) -> u64 {
-    (service.0 >> 64) as u64
-}
-
 /// Why a frame was not queued.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, thiserror::Error)]
 pub enum SendError {

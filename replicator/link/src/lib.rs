@@ -25,9 +25,7 @@ mod tls;
 mod token;
 mod tuning;
 
-pub use api::{
-    LinkEvent, LinkHandler, Path, Payload, PeerStatus, Received, SendError, SessionId, service_tag,
-};
+pub use api::{LinkEvent, LinkHandler, Path, Payload, PeerStatus, Received, SendError, SessionId};
 pub use error::LinkError;
 pub use identity::{Fingerprint, Identity, Validity};
 pub use join::{JoinServer, join};

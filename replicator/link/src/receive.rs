@@ -1,9 +1,9 @@
 //! From the bytes of a stream to frames: header, room for the payload, payload, CRC.
 
-use crate::api::{LinkHandler, Received, service_tag};
+use crate::api::{LinkHandler, Received};
 use bytes::{Buf, Bytes};
 use crc32fast::Hasher;
-use holdfast_wire_format::frame::{FrameHeader, HEADER_LENGTH, MAX_PAYLOAD};
+use holdfast_wire_format::frame::{FrameHeader, HEADER_LENGTH, MAX_PAYLOAD, service_tag};
 use holdfast_wire_format::frame_codec::{check_payload, decode_header};
 use holdfast_wire_format::ids::Uuid;
 use std::future::Future;

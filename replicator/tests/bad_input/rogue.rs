@@ -217,7 +217,7 @@ impl Session {
 
 /// A well-formed frame.
 pub fn framed(mut header: FrameHeader, payload: &[u8]) -> Vec<u8> {
-    header.service_tag = holdfast_link::service_tag(SERVICE);
+    header.service_tag = holdfast_wire_format::frame::service_tag(SERVICE);
     header.payload_length = payload.len() as u32;
     header.payload_crc = if payload.is_empty() {
         0

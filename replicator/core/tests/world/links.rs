@@ -134,24 +134,3 @@ impl World {
         }
     }
 }
-
-pub(super) fn plain_header(kind: FrameKind, node: &Node) -> FrameHeader {
-    let _ = node;
-    FrameHeader {
-        version: WIRE_VERSION_MIN,
-        kind,
-        flags: FrameFlags::default(),
-        payload_length: 0,
-        payload_crc: 0,
-        service_tag: (SERVICE.0 >> 64) as u64,
-        volume: VolumeIndex(0),
-        epoch: Epoch::NONE,
-        generation: GenerationId(0),
-        incarnation: Incarnation(0),
-        position: 0,
-        dependency: 0,
-        stable_position: 0,
-        offset: 0,
-        length: 0,
-    }
-}

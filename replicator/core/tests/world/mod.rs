@@ -13,13 +13,10 @@ pub mod story;
 use holdfast_replicator_core::api::*;
 use holdfast_replicator_core::{AttachError, Core, CreateParameters, CreateVolume, create};
 use holdfast_wire_format::frame::*;
-use holdfast_wire_format::frame_codec::{
-    WIRE_VERSION_MIN, decode_body, decode_header, encode_body, encode_header,
-};
+use holdfast_wire_format::frame_codec::{decode_body, decode_header, encode_body, encode_header};
 use holdfast_wire_format::ids::*;
 use holdfast_wire_format::metadata::*;
 use holdfast_wire_format::superblock;
-use links::plain_header;
 use std::collections::{BTreeMap, VecDeque};
 
 pub use disk::Disk;
@@ -398,7 +395,7 @@ impl World {
                     let to = peer.0 as usize;
                     if self.sessions.get(&(n, to)) == Some(&session) {
                         self.sessions.remove(&(n, to));
-                        let mut header = plain_header(FrameKind::Goodbye, &self.nodes[n]);
+                        let mut header = FrameHeader::new(FrameKind::Goodbye, SERVICE);
                         let body = encode_body(&Body::Goodbye { code, text });
                         header.payload_length = body.len() as u32;
                         if let Some(wire) = self.wires.get_mut(&(n, to)) {

@@ -2,8 +2,8 @@
 #![allow(dead_code)] // each test binary uses its part
 
 use holdfast_link::*;
-use holdfast_wire_format::frame::{FrameFlags, FrameHeader, FrameKind};
-use holdfast_wire_format::frame_codec::{WIRE_VERSION_MIN, payload_crc};
+use holdfast_wire_format::frame::{FrameHeader, FrameKind};
+use holdfast_wire_format::frame_codec::payload_crc;
 use holdfast_wire_format::ids::*;
 use std::cell::{Cell, RefCell};
 use std::collections::VecDeque;
@@ -252,21 +252,14 @@ pub async fn connect(a: &Node, b: &Node, service: Uuid) -> (SessionId, SessionId
 
 pub fn header(kind: FrameKind, service: Uuid, position: u64, payload: &[u8]) -> FrameHeader {
     FrameHeader {
-        version: WIRE_VERSION_MIN,
-        kind,
-        flags: FrameFlags::default(),
         payload_length: payload.len() as u32,
         payload_crc: payload_crc(payload),
-        service_tag: service_tag(service),
-        volume: VolumeIndex(0),
-        epoch: Epoch::NONE,
         generation: GenerationId(3),
         incarnation: Incarnation(4),
         position,
-        dependency: 0,
-        stable_position: 0,
         offset: 4096 * position,
         length: payload.len() as u32,
+        ..FrameHeader::new(kind, service)
     }
 }
 
