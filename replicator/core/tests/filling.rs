@@ -10,22 +10,12 @@ use world::*;
 
 const SIZE: u64 = 1 << 20;
 
-fn copies(seed: u64, modes: &[Mode], policy: OnPeerLoss) -> World {
-    let mut w = World::new(seed, modes, policy, &[SIZE], true);
-    let all: Vec<usize> = (0..modes.len()).collect();
-    for n in &all {
-        w.start(*n);
-    }
-    w.until("the copies agree", 4000, |w| w.settled(&all));
-    w
-}
-
 /// D17: copy 2 follows copy 0, and copy 1 is promoted by force and fills it. What it had of copy 0's order of writes is over: promoted
 /// itself it counts on from where copy 1 was.
 #[test]
 fn a_primary_that_was_superseded_is_left_by_whom_the_newer_one_fills() {
     for seed in 0..20 {
-        let mut w = copies(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend);
+        let mut w = together(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend, SIZE);
         ok(w.promote(0, false));
         written(&mut w, 0, 1, 1);
         cut(&mut w, 0, 1);
@@ -37,7 +27,7 @@ fn a_primary_that_was_superseded_is_left_by_whom_the_newer_one_fills() {
             (10..18).all(|block| holds(w, 2, block, 2))
         });
         ok(w.promote(1, true));
-        w.cut.retain(|pair| *pair != (1, 2));
+        mend(&mut w, 1, 2);
         w.until("copy 1 fills copy 2", 100_000, |w| {
             w.settled(&[1, 2]) && w.up_to_date(2)
         });
@@ -53,7 +43,7 @@ fn a_primary_that_was_superseded_is_left_by_whom_the_newer_one_fills() {
 fn who_is_filled_by_a_follower_agrees_with_nobody_else() {
     let mut met = 0;
     for seed in 0..40 {
-        let mut w = copies(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend);
+        let mut w = together(seed, &[Mode::Sync; 3], OnPeerLoss::Suspend, SIZE);
         ok(w.promote(2, false));
         written(&mut w, 2, 1, 1);
         cut(&mut w, 0, 1);
@@ -86,7 +76,7 @@ fn who_is_filled_by_a_follower_agrees_with_nobody_else() {
 #[test]
 fn who_lost_power_takes_nobody_into_s_while_another_member_may_have_more() {
     for seed in 0..20 {
-        let mut w = copies(seed, &[Mode::SemiSync; 3], OnPeerLoss::Suspend);
+        let mut w = together(seed, &[Mode::SemiSync; 3], OnPeerLoss::Suspend, SIZE);
         ok(w.promote(1, false));
         written(&mut w, 1, 1, 1);
         w.crash(0, false);
@@ -111,7 +101,7 @@ fn who_lost_power_takes_nobody_into_s_while_another_member_may_have_more() {
 fn who_is_filled_up_to_a_lower_position_says_that_it_went_back() {
     let mut lower = 0;
     for seed in 0..20 {
-        let mut w = copies(seed, &[Mode::Sync, Mode::Async], OnPeerLoss::Continue);
+        let mut w = together(seed, &[Mode::Sync, Mode::Async], OnPeerLoss::Continue, SIZE);
         ok(w.promote(0, false));
         for block in 0..6 {
             written(&mut w, 0, block, 1);
@@ -146,7 +136,7 @@ fn who_is_filled_up_to_a_lower_position_says_that_it_went_back() {
 #[test]
 fn who_gives_up_its_writes_meets_everybody_anew() {
     for seed in 0..20 {
-        let mut w = copies(seed, &[Mode::Sync; 3], OnPeerLoss::Continue);
+        let mut w = together(seed, &[Mode::Sync; 3], OnPeerLoss::Continue, SIZE);
         ok(w.promote(0, false));
         written(&mut w, 0, 1, 1);
         cut(&mut w, 0, 1);
@@ -157,7 +147,7 @@ fn who_gives_up_its_writes_meets_everybody_anew() {
             w.settled(&[1, 2]) && w.up_to_date(2)
         });
         written(&mut w, 1, 3, 3);
-        w.cut.retain(|pair| *pair != (0, 1));
+        mend(&mut w, 0, 1);
         w.until("split brain", 100_000, |w| noticed(w, 1, "split-brain"));
         ok(w.command(1, Command::Demote));
         cut(&mut w, 0, 1);
@@ -170,5 +160,47 @@ fn who_gives_up_its_writes_meets_everybody_anew() {
                     CopyState::Complete | CopyState::UpToDate
                 )
         });
+    }
+}
+
+/// D14: the writes of copy 1 are given up, and copy 2 fills it. A person who says so once more in the midst of that changes nothing: what is
+/// on its way is what this copy waits for.
+#[test]
+fn who_is_being_filled_has_nothing_left_to_give_up() {
+    for seed in 0..20 {
+        let mut w = together(seed, &[Mode::Sync; 3], OnPeerLoss::Continue, SIZE);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        cut(&mut w, 0, 1);
+        cut(&mut w, 1, 2);
+        written(&mut w, 0, 2, 2);
+        w.until("copy 2 follows", 100_000, |w| {
+            w.settled(&[0, 2]) && w.up_to_date(2) && holds(w, 2, 2, 2)
+        });
+        ok(w.promote(1, true));
+        written(&mut w, 1, 3, 3);
+        mend(&mut w, 0, 1);
+        w.until("split brain", 100_000, |w| noticed(w, 1, "split-brain"));
+        ok(w.command(1, Command::Demote));
+        cut(&mut w, 0, 1);
+        w.crash(0, false);
+        let discard = Command::ResolveSplitBrain { discard_mine: true };
+        ok(w.command(1, discard.clone()));
+        mend(&mut w, 1, 2);
+        w.until("copy 2 fills copy 1", 100_000, |w| {
+            on_disk(w, 1).state == CopyState::Inconsistent
+        });
+        let refused = w.command(1, discard);
+        w.until("copy 1 is whole", 100_000, |w| {
+            w.settled(&[1, 2])
+                && matches!(
+                    on_disk(w, 1).state,
+                    CopyState::Complete | CopyState::UpToDate
+                )
+        });
+        let refused = refused.expect_err("nothing is left").to_string();
+        assert!(refused.contains("being filled"), "{refused}");
+        assert!(!noticed(&w, 1, "bad-frame"), "seed {seed}");
+        assert!(holds(&w, 1, 2, 2) && !holds(&w, 1, 3, 3), "seed {seed}");
     }
 }

@@ -13,12 +13,7 @@ const SIZE: u64 = 1 << 20;
 const FOLLOWED: [Mode; 3] = [Mode::Sync, Mode::Sync, Mode::Async];
 
 fn copies(seed: u64, modes: &[Mode]) -> World {
-    let mut w = World::new(seed, modes, OnPeerLoss::Suspend, &[SIZE], true);
-    for n in 0..modes.len() {
-        w.start(n);
-    }
-    w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
-    w
+    together(seed, modes, OnPeerLoss::Suspend, SIZE)
 }
 
 fn blank_disk(w: &mut World, n: usize, seed: u64) {
@@ -219,7 +214,7 @@ fn what_came_before_a_resync_went_on_is_known_toward_a_third_copy() {
         }
         w.crash(1, false);
         w.start(1);
-        w.cut.retain(|pair| *pair != (1, 2));
+        mend(&mut w, 1, 2);
         w.until("what copy 1 wrote came to copy 2", 400_000, |w| {
             far.clone().all(|block| holds(w, 2, block, 5))
         });
@@ -233,7 +228,7 @@ fn what_came_before_a_resync_went_on_is_known_toward_a_third_copy() {
         });
         let source = w.nodes[1].core.as_ref().expect("a process");
         compared += source.status(w.now).counters.resync_equal_bytes;
-        w.cut.retain(|pair| *pair != (0, 1));
+        mend(&mut w, 0, 1);
         let goal = on_disk(&w, 1).generations.last().expect("one").id;
         w.until("copy 0 is its target, too", 400_000, |w| {
             on_disk(w, 0).target_of == goal
@@ -243,7 +238,7 @@ fn what_came_before_a_resync_went_on_is_known_toward_a_third_copy() {
         if far.clone().all(|block| holds(&w, 0, block, 5)) {
             continue;
         }
-        w.cut.retain(|pair| *pair != (0, 2));
+        mend(&mut w, 0, 2);
         w.until("copy 2 fills copy 0", 400_000, |w| {
             on_disk(w, 0).state == CopyState::Complete && w.settled(&[0, 2])
         });
@@ -414,7 +409,7 @@ fn an_acknowledgement_ends_with_its_session() {
         w.until("copy 1 fills copy 2", 100_000, |w| {
             w.settled(&[1, 2]) && w.up_to_date(2) && !holds(w, 2, 1, 2)
         });
-        w.cut.retain(|pair| *pair != (0, 1));
+        mend(&mut w, 0, 1);
         w.until("copy 1 is filled", 100_000, |w| {
             w.settled(&[0, 1]) && w.up_to_date(1) && holds(w, 1, 1, 2)
         });
@@ -548,12 +543,7 @@ fn a_server_that_a_member_never_heard_of_does_not_go_on_without_it() {
 fn a_superseded_primary_does_not_take_the_follower_of_another() {
     let mut reached = 0;
     for seed in 0..20 {
-        let modes = [Mode::Sync; 3];
-        let mut w = World::new(seed, &modes, OnPeerLoss::Continue, &[SIZE], true);
-        for n in 0..3 {
-            w.start(n);
-        }
-        w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
+        let mut w = together(seed, &[Mode::Sync; 3], OnPeerLoss::Continue, SIZE);
         ok(w.promote(0, false));
         written(&mut w, 0, 1, 1);
         cut(&mut w, 0, 1);
@@ -564,7 +554,7 @@ fn a_superseded_primary_does_not_take_the_follower_of_another() {
         ok(w.promote(1, true));
         w.until("copy 2 follows copy 1", 40_000, |w| w.settled(&[1, 2]));
         // Copies 0 and 2 see each other again; copies 0 and 1 do not.
-        w.cut.retain(|c| *c != (0, 2));
+        mend(&mut w, 0, 2);
         w.steps(4000);
         let met = |n: &Notice| n.kind == "handshake" && n.text.contains("Row 16");
         reached += usize::from(w.nodes[2].notices.iter().any(met));
@@ -600,7 +590,7 @@ fn who_lost_power_fills_nobody_while_another_member_may_have_more() {
         if holds(&w, 2, 2, 2) {
             continue;
         }
-        w.cut.retain(|pair| *pair != (0, 1));
+        mend(&mut w, 0, 1);
         w.until("copy 0 is back in S", 400_000, |w| w.up_to_date(0));
         w.crash(1, false);
         w.start(1);
@@ -611,7 +601,7 @@ fn who_lost_power_fills_nobody_while_another_member_may_have_more() {
         w.crash(0, false);
         w.start(0);
         w.start(2);
-        w.cut.retain(|pair| *pair != (0, 2));
+        mend(&mut w, 0, 2);
         w.steps(2000);
         reached += 1;
         let promoted = w.promote(2, false);
@@ -630,50 +620,4 @@ fn who_lost_power_fills_nobody_while_another_member_may_have_more() {
         }
     }
     assert!(reached > 5, "reached {reached} times");
-}
-
-/// D14: the writes of copy 1 are given up, and copy 2 fills it. A person who says so once more in the midst of that changes nothing: what is
-/// on its way is what this copy waits for.
-#[test]
-fn who_is_being_filled_has_nothing_left_to_give_up() {
-    for seed in 0..20 {
-        let mut w = World::new(seed, &[Mode::Sync; 3], OnPeerLoss::Continue, &[SIZE], true);
-        for n in 0..3 {
-            w.start(n);
-        }
-        w.until("the copies agree", 4000, |w| w.settled(&[0, 1, 2]));
-        ok(w.promote(0, false));
-        written(&mut w, 0, 1, 1);
-        cut(&mut w, 0, 1);
-        cut(&mut w, 1, 2);
-        written(&mut w, 0, 2, 2);
-        w.until("copy 2 follows", 100_000, |w| {
-            w.settled(&[0, 2]) && w.up_to_date(2) && holds(w, 2, 2, 2)
-        });
-        ok(w.promote(1, true));
-        written(&mut w, 1, 3, 3);
-        w.cut.retain(|pair| *pair != (0, 1));
-        w.until("split brain", 100_000, |w| noticed(w, 1, "split-brain"));
-        ok(w.command(1, Command::Demote));
-        cut(&mut w, 0, 1);
-        w.crash(0, false);
-        let discard = Command::ResolveSplitBrain { discard_mine: true };
-        ok(w.command(1, discard.clone()));
-        w.cut.retain(|pair| *pair != (1, 2));
-        w.until("copy 2 fills copy 1", 100_000, |w| {
-            on_disk(w, 1).state == CopyState::Inconsistent
-        });
-        let refused = w.command(1, discard);
-        w.until("copy 1 is whole", 100_000, |w| {
-            w.settled(&[1, 2])
-                && matches!(
-                    on_disk(w, 1).state,
-                    CopyState::Complete | CopyState::UpToDate
-                )
-        });
-        let refused = refused.expect_err("nothing is left").to_string();
-        assert!(refused.contains("being filled"), "{refused}");
-        assert!(!noticed(&w, 1, "bad-frame"), "seed {seed}");
-        assert!(holds(&w, 1, 2, 2) && !holds(&w, 1, 3, 3), "seed {seed}");
-    }
 }

@@ -3,6 +3,22 @@
 use super::*;
 use holdfast_wire_format::superblock;
 
+/// Fresh copies of one volume that were started and agree.
+pub fn together(seed: u64, modes: &[Mode], policy: OnPeerLoss, size: u64) -> World {
+    let mut w = World::new(seed, modes, policy, &[size], true);
+    let all: Vec<usize> = (0..modes.len()).collect();
+    for n in &all {
+        w.start(*n);
+    }
+    w.until("the copies agree", 4000, |w| w.settled(&all));
+    w
+}
+
+/// These two can reach each other again.
+pub fn mend(w: &mut World, a: usize, b: usize) {
+    w.cut.retain(|pair| *pair != (a.min(b), a.max(b)));
+}
+
 /// These two can't reach each other from here on.
 pub fn cut(w: &mut World, a: usize, b: usize) {
     w.cut.push((a.min(b), a.max(b)));
