@@ -120,7 +120,7 @@ impl Core {
             && matches!(self.sb.state, CopyState::UpToDate | CopyState::Complete)
             && !crate::handshake::broken_history(&self.own_facts())
             && !planted!("last-member-invalidated");
-        let parted = |p: &Peer| matches!(p.row, Some(Row::R6 | Row::R15 | Row::R16));
+        let parted = |p: &Peer| matches!(p.row, Some(Row::R6 | Row::R15 | Row::R16 | Row::R17));
         let has_all = |p: &Peer| {
             matches!(p.relation, Relation::Established)
                 && p.their_state != Some(CopyState::Failed)

@@ -135,6 +135,7 @@ mod on {
         unseen("member-by-hearsay", "C1", "who left S by itself is a member of it because another copy says so"),
         unseen("lower-position-is-an-old-disk", "C1", "who was filled up to a lower position passes for a disk that went back in time"),
         unseen("given-up-in-mid-resync", "D14", "a copy that is being filled gives up its writes and takes what still comes for something else"),
+        unseen("superseded-keeps-its-followers", "D14, C12", "a superseded primary says nothing to the copies that follow it"),
         defect("given-up-and-not-told", "D14", "who gives up its writes goes on with the sessions that it had"),
         defect("superseded-is-followed-on", "D17", "who is filled by a newer primary stays in agreement with the one that it superseded"),
         defect("flushed-is-acknowledged-forever", "D1", "what a copy flushed before its session ended counts, although another copy may have filled it since"),

@@ -389,6 +389,11 @@ impl Core {
                 Relation::Established | Relation::Joining { .. } | Relation::Source
             ) {
                 self.unstable_becomes_bits(at);
+                // It goes by an order of writes that is over, and an asynchronous one waits to be told how much of it is stable:
+                // it meets this copy, and whoever is primary, anew (D14, C12).
+                if !planted!("superseded-keeps-its-followers") {
+                    self.meet_again(at, "this copy is not primary any more", out);
+                }
             }
         }
         self.release_window(out);

@@ -204,3 +204,64 @@ fn who_is_being_filled_has_nothing_left_to_give_up() {
         assert!(holds(&w, 1, 2, 2) && !holds(&w, 1, 3, 3), "seed {seed}");
     }
 }
+
+/// D14: copy 1 was primary, and a newer one takes it over. Copy 2 followed it and is not to be taken for a follower any more: what it still
+/// says is of an order of writes that is over.
+#[test]
+fn a_primary_that_is_superseded_leaves_its_followers() {
+    for seed in 0..40 {
+        let modes = [Mode::Sync, Mode::Sync, Mode::Async];
+        let mut w = together(seed, &modes, OnPeerLoss::Suspend, SIZE);
+        ok(w.promote(1, false));
+        written(&mut w, 1, 1, 1);
+        cut(&mut w, 0, 1);
+        cut(&mut w, 0, 2);
+        for block in 10..18 {
+            write(&mut w, 1, block, 2);
+        }
+        w.flush(1);
+        ok(w.promote(0, false));
+        mend(&mut w, 0, 1);
+        w.until("copy 0 fills copy 1", 100_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(1)
+        });
+        assert!(!noticed(&w, 1, "bad-frame"), "seed {seed}");
+        mend(&mut w, 0, 2);
+        w.until("all follow", 400_000, |w| w.settled(&[0, 1, 2]));
+        for n in 1..3 {
+            assert!(
+                holds(&w, n, 1, 1) && !holds(&w, n, 10, 2),
+                "seed {seed}: {n}"
+            );
+        }
+    }
+}
+
+/// Two histories that have nothing in common: a person gives up one of them, as row 17 says, also that of the only member of its S.
+#[test]
+fn an_unrelated_copy_is_invalidated_and_filled() {
+    for seed in 0..10 {
+        let mut w = together(seed, &[Mode::Sync; 2], OnPeerLoss::Suspend, SIZE);
+        ok(w.promote(0, false));
+        written(&mut w, 0, 1, 1);
+        w.crash(1, false);
+        cut(&mut w, 0, 1);
+        let fresh = World::new(seed + 1000, &w.modes, OnPeerLoss::Suspend, &[SIZE], false);
+        w.nodes[1].disk = fresh.nodes.into_iter().nth(1).expect("two").disk;
+        w.start(1);
+        ok(w.promote(1, true));
+        written(&mut w, 1, 2, 2);
+        ok(w.command(1, Command::Demote));
+        mend(&mut w, 0, 1);
+        w.until("they refuse each other", 100_000, |w| {
+            let status = w.nodes[1].core.as_ref().expect("a process").status(w.now);
+            status.peers[0].handshake.starts_with("Row 17")
+        });
+        ok(w.command(1, Command::Invalidate));
+        ok(w.command(0, Command::Connect { peer: None }));
+        w.until("it is filled", 100_000, |w| {
+            w.settled(&[0, 1]) && w.up_to_date(1)
+        });
+        assert!(holds(&w, 1, 1, 1) && !holds(&w, 1, 2, 2), "seed {seed}");
+    }
+}
