@@ -37,6 +37,7 @@ impl World {
         | FaultKind::Detach { node, .. }
         | FaultKind::Rot { node, .. }
         | FaultKind::BlankDisk { node, .. }
+        | FaultKind::FreshDisk { node, .. }
         | FaultKind::DiskError { node, .. } = kind
             && self.nodes[node].restored
         {
@@ -97,6 +98,16 @@ impl World {
                     self.replace_disk(node);
                     self.restart(node, down_ms * MS);
                 }
+            }
+            FaultKind::FreshDisk { node, down_ms } => {
+                if self.others_are_whole(node) {
+                    self.replace_disk(node);
+                    self.restart(node, down_ms * MS);
+                }
+            }
+            FaultKind::Resolve { node } => {
+                let discard = Command::ResolveSplitBrain { discard_mine: true };
+                self.order(node, "resolve", discard);
             }
             FaultKind::Promote { node } => {
                 self.order(node, "promote", Command::Promote { force: false });
@@ -439,6 +450,19 @@ impl World {
         }) && (0..self.nodes.len())
             .filter(|n| *n != node)
             .all(|n| !self.nodes[n].broken_disk)
+    }
+
+    /// Whether the others all have what this disk holds, as they and this copy see it: then one of them may lose what it has in memory alone.
+    fn others_are_whole(&self, node: usize) -> bool {
+        (0..self.nodes.len()).filter(|n| *n != node).all(|other| {
+            let n = &self.nodes[other];
+            let state = n.core.as_ref().map(|c| c.probe().state);
+            !n.broken_disk
+                && !n.restored
+                && state == Some(CopyState::UpToDate)
+                && self.relation(node, other) == "established"
+                && self.relation(other, node) == "established"
+        })
     }
 
     fn replace_disk(&mut self, node: usize) {

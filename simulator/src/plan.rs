@@ -167,6 +167,15 @@ pub enum FaultKind {
     DetachDisk {
         ms: u64,
     },
+    /// The machine comes back with an empty disk, also if it was primary and nobody serves beside it: all others have everything.
+    FreshDisk {
+        node: usize,
+        down_ms: u64,
+    },
+    /// A person gives up the writes of this side of a split brain.
+    Resolve {
+        node: usize,
+    },
 }
 
 /// What is wrong with a frame of data.
@@ -304,7 +313,9 @@ impl FaultKind {
             | FaultKind::Backup { node }
             | FaultKind::OldDisk { node, .. }
             | FaultKind::Rot { node, .. }
-            | FaultKind::Misnamed { node, .. } => node < copies,
+            | FaultKind::Misnamed { node, .. }
+            | FaultKind::FreshDisk { node, .. }
+            | FaultKind::Resolve { node } => node < copies,
             FaultKind::Replay { from, to } | FaultKind::Nonsense { from, to, .. } => {
                 from < copies && to < copies
             }
@@ -351,6 +362,8 @@ impl FaultKind {
             FaultKind::Grow { .. } => "grow",
             FaultKind::SetMode { .. } => "set mode",
             FaultKind::DetachDisk { .. } => "detach disk",
+            FaultKind::FreshDisk { .. } => "fresh disk",
+            FaultKind::Resolve { .. } => "resolve",
         }
     }
 }

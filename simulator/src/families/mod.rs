@@ -8,7 +8,7 @@ use crate::rng::Rng;
 use holdfast_wire_format::metadata::{Mode, OnPeerLoss};
 
 /// Every family, in the order in which they are tried.
-pub const FAMILIES: [&str; 16] = [
+pub const FAMILIES: [&str; 17] = [
     "ordinary",
     "writes",
     "commits",
@@ -25,6 +25,7 @@ pub const FAMILIES: [&str; 16] = [
     "greetings",
     "alone",
     "order",
+    "members",
 ];
 
 fn set_all(modes: &mut [Mode], mode: Mode) {
@@ -113,6 +114,11 @@ impl Plan {
             plan.copies = 3;
             let third = one(&mut rng, &[Mode::Sync, Mode::Async]);
             plan.modes = vec![Mode::Sync, Mode::Sync, third];
+        }
+        if name == "members" {
+            plan.copies = 3;
+            plan.modes = vec![one(&mut rng, &[Mode::Sync, Mode::SemiSync, Mode::SemiSync]); 3];
+            plan.disk_ns = one(&mut rng, &[100_000, MS, 3 * MS]);
         }
         let mut at = 800 * MS;
         while at < plan.duration {

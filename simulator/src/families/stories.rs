@@ -87,6 +87,7 @@ impl Plan {
             "greetings" => self.greetings(about, rng),
             "order" => self.order(about, rng),
             "alone" => self.alone(about, rng),
+            "members" => self.members(about, rng),
             _ => self.writes(about, rng),
         } * MS
     }
@@ -419,6 +420,174 @@ impl Plan {
             self.ambush(then, n, point, Strike::Power, rng);
         }
         ms + rng.between(500, 2000)
+    }
+
+    /// Three members of S, and what one of them is filled with by another that is not the primary.
+    fn members(&mut self, about: About, rng: &mut Rng) -> u64 {
+        match rng.below(4) {
+            0 => self.loser(about, rng),
+            1 => self.parked(about, rng),
+            2 => self.unheard(about, rng),
+            _ => self.given_up(about, rng),
+        }
+    }
+
+    /// The third copy.
+    fn rest(&self, about: About) -> usize {
+        3 - about.node - about.other
+    }
+
+    /// The others are demoted, and this one serves.
+    fn serves(&mut self, at: u64, node: usize) {
+        for other in (0..3).filter(|n| *n != node) {
+            self.add(at, FaultKind::Demote { node: other });
+        }
+        self.add(at + 60 * MS, FaultKind::Promote { node });
+    }
+
+    /// One member is away with everything; one loses power and what it acknowledged from memory, and fills the primary's new disk, or whom it
+    /// was filling before.
+    fn loser(&mut self, about: About, rng: &mut Rng) -> u64 {
+        let About {
+            at, node, other, ..
+        } = about;
+        let rest = self.rest(about);
+        self.serves(at, node);
+        let away = at + rng.between(200, 600) * MS;
+        self.add(
+            away,
+            FaultKind::SlowDisk {
+                node: other,
+                ms: 1000,
+            },
+        );
+        let lost = away + rng.between(5, 300) * MS;
+        let ms = rng.between(800, 3000);
+        let from = lost - rng.below(5) * MS;
+        self.add(from, cut(node, rest, ms));
+        self.add(from, cut(other, rest, ms));
+        let power = FaultKind::Power {
+            node: other,
+            down_ms: one(rng, &[5, 50, 200]),
+        };
+        self.add(lost, power);
+        let down_ms = one(rng, &[5, 300]);
+        let what = [
+            FaultKind::Power { node, down_ms },
+            FaultKind::Kill { node, down_ms },
+        ];
+        // (A new disk once, in the end: until it is filled, what was acknowledged depends on those who only have it in memory.)
+        let fresh = at + 5500 * MS >= self.duration;
+        let what = if fresh {
+            FaultKind::FreshDisk { node, down_ms }
+        } else {
+            one(rng, &what)
+        };
+        self.add(lost - rng.below(3) * MS, what);
+        if rng.chance(300) {
+            self.ambush(lost, other, one(rng, &RESYNC), Strike::Power, rng);
+        }
+        for _ in 0..rng.below(3) {
+            let node = one(rng, &[node, other]);
+            let then = lost + rng.between(300, 2500) * MS;
+            self.add(then, FaultKind::Promote { node });
+        }
+        let end = (lost - at) / MS + ms + rng.between(500, 1500);
+        if fresh { end.max(6000) } else { end }
+    }
+
+    /// Writes wait for one member. Another, which has flushed them, ends, and is filled by the first before the primary notices.
+    fn parked(&mut self, about: About, rng: &mut Rng) -> u64 {
+        let About {
+            at, node, other, ..
+        } = about;
+        let rest = self.rest(about);
+        self.serves(at, node);
+        let from = at + rng.between(200, 800) * MS;
+        let ms = rng.between(300, 1500);
+        self.add(from, cut(node, rest, ms));
+        let then = from + rng.between(1, ms) * MS;
+        let end = [
+            FaultKind::Kill {
+                node: other,
+                down_ms: 5,
+            },
+            FaultKind::Break { a: node, b: other },
+            FaultKind::Power {
+                node: other,
+                down_ms: 5,
+            },
+        ];
+        self.add(then, one(rng, &end));
+        self.add(then, cut(node, other, rng.between(50, 800)));
+        if rng.chance(300) {
+            self.add(then + rng.below(ms) * MS, FaultKind::Demote { node });
+        }
+        (then - at) / MS + ms + rng.between(300, 1500)
+    }
+
+    /// The primary loses power right when a copy comes into S, which may never hear of it.
+    fn unheard(&mut self, about: About, rng: &mut Rng) -> u64 {
+        let About {
+            at,
+            node,
+            other,
+            down_ms,
+            ..
+        } = about;
+        let rest = self.rest(about);
+        self.serves(at, node);
+        let from = at + rng.between(200, 600) * MS;
+        let ms = rng.between(1100, 1800);
+        self.add(from, cut(node, other, ms));
+        self.add(from, cut(rest, other, ms + rng.below(600)));
+        let points = [
+            "in-sync",
+            "sends InSync",
+            "superblock write",
+            "superblock written",
+        ];
+        let point = one(rng, &points);
+        let strike = one(rng, &[Strike::Power, Strike::Kill, Strike::CutOff]);
+        self.ambush_after(from + ms * MS, node, point, strike, rng.below(300), down_ms);
+        if rng.chance(500) {
+            // Who was left behind fills it meanwhile.
+            let then = from + (ms + rng.below(300)) * MS;
+            self.add(
+                then,
+                FaultKind::Power {
+                    node: rest,
+                    down_ms: 50,
+                },
+            );
+        }
+        ms + rng.between(1500, 4000)
+    }
+
+    /// Two sides, one of which is given up, and once more while it is filled.
+    fn given_up(&mut self, about: About, rng: &mut Rng) -> u64 {
+        let About {
+            at, node, other, ..
+        } = about;
+        let rest = self.rest(about);
+        self.serves(at, node);
+        let from = at + rng.between(200, 500) * MS;
+        let ms = rng.between(1100, 1800);
+        self.add(from, cut(node, other, ms));
+        self.add(from, cut(other, rest, ms));
+        self.add(from + 300 * MS, FaultKind::Force { node: other });
+        let met = from + ms * MS;
+        self.add(met + 150 * MS, FaultKind::Demote { node: other });
+        let mut then = met + 250 * MS;
+        for _ in 0..6 {
+            self.add(then, FaultKind::Resolve { node: other });
+            then += rng.between(10, 150) * MS;
+        }
+        if rng.chance(500) {
+            let then = met + rng.between(200, 500) * MS;
+            self.add(then, cut(node, other, 400));
+        }
+        (then - at) / MS + rng.between(500, 1500)
     }
 
     /// Writes and power cuts, and nothing else.
